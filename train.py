@@ -1,0 +1,669 @@
+"""Train a GPT in one loop.
+
+    python train.py                                                # the quickstart's model on data/python
+    python train.py config/shakespeare.py --learning_rate=0.01     # settings, left to right
+    torchrun --nproc_per_node=8 train.py config/gpt2_124m.py       # one process for each GPU
+    python train.py config/gpt2_124m.py --resume                   # go on with the run in `out`, or start it
+    python train.py --init_from=out/quickstart --data=data/mine --out=out/mine   # start from a model
+
+Writes the folder `out`: config.py, which runs it again; metrics.csv; loss.png; and checkpoints step-NNNNNN, each a Hugging Face model.
+"""
+import time
+
+STARTED = time.monotonic()  # before the slow imports: the run's clock counts from the start of the process
+import contextlib
+import csv
+import itertools
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, fields
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import config
+import tokens
+from model import GPT, GPTConfig, figures, pick_device, read_json, run_steps, score
+
+# Data
+data: str | dict = "data/python"  # a folder that prepare.py wrote, or several by weight: {'data/a': 0.7, 'data/b': 0.3}
+out = "out/train"  # the run's folder; by default out/<name of the config file>
+seed = 1337  # of weights, batches and dropout
+# Model: as GPTConfig in model.py explains
+block_size = 256  # tokens of context
+vocab_size: int | None = None  # None: the data's; a multiple of 64 above it is faster on GPUs
+n_layer = 4
+n_head = 4
+n_kv_head: int | None = None  # heads of keys and values; None: n_head
+n_embd = 256
+head_dim: int | None = None  # None: n_embd / n_head
+intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd for swiglu, 4 n_embd for gelu
+dropout = 0.0  # 0 for pre-training on much data; 0.1 and more where epochs are many
+bias = False
+norm = "rms"  # rms or layer
+positions = "rotary"  # rotary or learned
+mlp = "swiglu"  # swiglu or gelu
+qk_norm = True
+tie_embeddings = False
+rope_theta = 10000.0
+norm_eps: float | None = None  # None: 1e-6 for rms, 1e-5 for layer
+init_from = ""  # a run, a step folder, a Hugging Face folder or hub name (gpt2) to start from; its sizes then hold
+# Length and batch
+max_steps = 1000  # optimizer steps
+batch_tokens = 8192  # tokens in a step, over all processes and micro-steps
+batch_size = 0  # sequences of one process in a micro-step; 0: as many as memory bears
+# Optimizer
+optimizer = "muon"  # muon for the matrices with adamw for the rest, or adamw for all
+learning_rate: float | None = None  # the peak; None: 0.02 for muon, 6e-4 for adamw
+embed_lr = 0.2  # with muon: AdamW's for the embedding
+head_lr = 0.01  # with muon: AdamW's for the output head, norms and biases
+min_lr: float | None = None  # where the schedule ends, all rates in proportion; None: learning_rate / 10
+schedule = "cosine"  # cosine, trapezoid (constant, then linear down over the last 40 %), constant
+warmup_steps = 10  # linear, from almost 0
+weight_decay = 0.1  # on matrices only
+beta1 = 0.9  # AdamW's
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: off
+# Evaluation, logs and checkpoints
+eval_interval = 250  # steps between evaluations
+eval_tokens = 0  # targets of the validation split to score, from its start; 0: all
+patience = 0  # evaluations without a better val_loss after which to stop; 0: off
+log_interval = 10  # steps between lines
+checkpoint_interval: int | str = "10m"  # steps, or a time such as 30s, 10m, 2h; the last two and the best are kept
+resume = False  # go on with the run in `out` from its newest whole checkpoint; start it where there is none
+sample_prompt = ""  # what the sample at each evaluation continues; empty: the start of a document
+sample_tokens = 64  # its length; 0: no samples
+# Machine
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # of matrix products: auto, float32, bfloat16, float16 (with a GradScaler)
+compile: bool | None = None  # torch.compile; None: on CUDA
+json = ""  # file for the final figures
+
+# ---- Optimizer ----
+
+
+def orthogonalize(g):
+    """The nearest (semi-)orthogonal matrices to a batch of matrices g (K, rows, columns), nearly: singular values end within about 0.7 … 1.2.
+
+    Newton-Schulz with the quintic of Jordan et al. (kellerjordan.github.io/posts/muon): five products instead of an SVD. In bfloat16 on
+    CUDA; in float32 elsewhere, where bfloat16 is emulated and takes seconds."""
+    x = g.bfloat16() if g.is_cuda else g.float()
+    if g.size(-2) > g.size(-1):
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if g.size(-2) > g.size(-1) else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024): every direction of a weight matrix moves equally far. Equal shapes go as one batch."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                grads = [p.grad for p in params]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+                update = orthogonalize(torch.stack(ahead))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(model):
+    """The optimizers of the settings; each group remembers its peak learning rate. Weights of two dimensions decay, others do not."""
+    fused = {"fused": model.lm_head.weight.device.type in ("cuda", "cpu"), "betas": (beta1, beta2)}
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("model.layers.")]
+    rest = [(n, p) for n, p in model.named_parameters() if not (p.dim() == 2 and n.startswith("model.layers."))]
+    if optimizer == "muon":
+        embeddings, heads, vectors = (
+            [p for n, p in rest if p.dim() == 2 and "embed" in n], [p for n, p in rest if "lm_head" in n], [p for _, p in rest if p.dim() == 1]
+        )  # fmt: skip
+        groups = [(embeddings, embed_lr, weight_decay), (heads, head_lr, weight_decay), (vectors, head_lr, 0.0)]
+        made = [Muon(matrices, learning_rate, weight_decay=weight_decay)]
+    else:
+        decayed = matrices + [p for _, p in rest if p.dim() == 2]
+        groups = [(decayed, learning_rate, weight_decay), ([p for _, p in rest if p.dim() == 1], learning_rate, 0.0)]
+        made = []
+    groups = [{"params": p, "lr": lr, "weight_decay": wd} for p, lr, wd in groups if p]
+    made.append(torch.optim.AdamW(groups, **fused))
+    for group in (g for o in made for g in o.param_groups):
+        group["peak"] = group["lr"]
+    return made
+
+
+def lr_factor(step, schedule, warmup_steps, max_steps, floor):
+    """The share of the peak learning rate at a step (from 0): linear warm-up, then from 1 down to `floor` at the last step, max_steps - 1."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    spent = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))  # 0 … 1
+    if schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * spent))
+    if schedule == "trapezoid":
+        return floor + (1 - floor) * min(1.0, (1 - spent) / 0.4)
+    return 1.0
+
+
+# ---- The machine ----
+
+PEAKS = {  # dense peak of a GPU's matrix products in TFLOP/s, bfloat16 or float16, from the makers' data sheets; longer names first
+    "B200": 2250, "B100": 1750, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
+    "A40": 149.7, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 4090": 165.2,
+    "RTX 4080": 97.5, "RTX 4070": 58.3, "RTX 3090": 71, "RTX 3080": 59.5, "RTX 3060": 25.6, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device, dtype):
+    """What this device could do a second at best: from the table for a GPU, measured on a CPU, nan where neither says."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((t * 1e12 for key, t in PEAKS.items() if key in name), math.nan)
+        return peak if dtype != torch.float32 else peak / 2  # TF32 runs at half of bfloat16's rate
+    if device.type == "cpu":
+        a, best = torch.randn(1024, 1024), math.inf
+        for _ in range(10):
+            begun = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - begun)
+        return 2 * 1024**3 / best
+    return math.nan
+
+
+def peak_memory(device):
+    """Bytes at the most so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def duration(seconds):
+    """12s, 3m05s, 2h07m."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{s}s" if not minutes else f"{minutes}m{s:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def parse_interval(value):
+    """('steps', n) or ('seconds', s) for a checkpoint_interval of n, or of "30s", "10m", "2h". Raises ValueError."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    if isinstance(value, int) and value > 0:
+        return "steps", value
+    if isinstance(value, str) and value[-1:] in units and value[:-1].replace(".", "", 1).isdigit() and float(value[:-1]) > 0:
+        return "seconds", float(value[:-1]) * units[value[-1]]
+    raise ValueError(f"checkpoint_interval must be a number of steps or a time such as 30s, 10m or 2h, not {value!r}")
+
+
+# ---- The run's folder ----
+
+
+def save_checkpoint(model, optimizers, encoding, trainer):
+    """Write out/step-NNNNNN under another name, make it durable, rename it: a checkpoint is complete or absent. Then drop what is old."""
+    part, final = os.path.join(out, ".checkpoint.part"), os.path.join(out, f"step-{trainer['step']:06d}")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part, encoding.eot_token)
+    tokens.save_tokenizer(encoding, part, model.config.block_size)
+    names = {p: name for name, p in model.named_parameters()}
+    state = {f"{names[p]}|{key}": t.detach().cpu() for o in optimizers for p, values in o.state.items() for key, t in values.items()}
+    save_file(state, os.path.join(part, "trainer.safetensors"))
+    config.write_json(os.path.join(part, "trainer.json"), trainer)
+    for path in [*(os.path.join(part, name) for name in os.listdir(part)), part]:
+        if os.path.isdir(path) and os.name == "nt":
+            continue  # Windows cannot sync a folder
+        handle = os.open(path, os.O_RDWR if os.path.isfile(path) else os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    prune(trainer["best"])
+
+
+def prune(best):
+    for folder in run_steps(out)[:-2]:
+        if not folder.endswith(f"step-{best.get('step', -1):06d}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_checkpoint():
+    """Model, optimizer tensors and trainer.json of the newest whole checkpoint in `out`; None where there is none."""
+    for folder in reversed(run_steps(out)):
+        try:
+            trainer = read_json(os.path.join(folder, "trainer.json"))
+            if not trainer:
+                raise ValueError("no trainer.json")
+            return GPT.from_pretrained(folder), load_file(os.path.join(folder, "trainer.safetensors")), trainer
+        except (ValueError, OSError, SafetensorError) as e:
+            print(f"passing over the damaged checkpoint {folder}: {e}", file=sys.stderr)
+    return None
+
+
+def restore(optimizers, model, state):
+    """Give the optimizers back the tensors that save_checkpoint took from them."""
+    params = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, tensor in state.items():
+        p_name, key = name.split("|")
+        owner[params[p_name]].state[params[p_name]][key] = tensor.to(params[p_name].device)
+
+
+COLUMNS = "step,tokens,seconds,loss,lr,grad_norm,tokens_per_second,mfu,memory,val_loss,val_bpb".split(",")
+
+
+def cut_metrics(step):
+    """Cut metrics.csv back to the checkpoint's step; returns the rows that stay."""
+    path, rows = os.path.join(out, "metrics.csv"), []
+    if os.path.exists(path):
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = [row for row in csv.DictReader(f) if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+    with open(path + ".part", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path + ".part", path)
+    return rows
+
+
+def draw_curve(rows):
+    """Draw loss.png from metrics.csv's rows: the loss of each step, smoothed, and of each evaluation, over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [(int(r["tokens"]), float(r["loss"])) for r in rows if r["loss"] not in ("", None)]
+    evaluations = [(int(r["tokens"]), float(r["val_loss"])) for r in rows if r["val_loss"] not in ("", None)]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if steps:
+        xs, ys = zip(*steps)
+        average, smooth = ys[0], []
+        for y in ys:
+            average = y if not math.isfinite(average) else 0.95 * average + 0.05 * y
+            smooth.append(average)
+        axes.plot(xs, ys, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(xs, smooth, color="tab:blue", label="training, running mean")
+    if evaluations:
+        axes.plot(*zip(*evaluations), "o-", color="tab:orange", label=f"validation, last {evaluations[-1][1]:.3f}")
+    axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=out)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(os.path.join(out, ".loss.part"), format="png", dpi=120)
+    plt.close(figure)
+    os.replace(os.path.join(out, ".loss.part"), os.path.join(out, "loss.png"))
+
+
+def provenance(command_device):
+    """What config.py says of where it ran, as comments: commit, versions, device."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True) if shutil.which("git") else None
+    commit = git.stdout.strip() if git and git.returncode == 0 else "unknown"
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    return ["Runs this again: python train.py THIS_FILE --out=ANOTHER_FOLDER", f"commit {commit}, {versions}, {command_device}"]
+
+
+# ---- The run ----
+
+
+def main():
+    global learning_rate, min_lr, vocab_size, block_size, batch_size, compile
+    _, given = config.apply(globals())
+    ddp = "RANK" in os.environ  # torchrun says so
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    first = rank == 0
+
+    def say(*line):
+        if first:
+            print(*line, flush=True)
+
+    # Look at everything that the user named before anything is written
+    with config.user_errors():
+        where, number_type, compile_default = pick_device(device, dtype)
+        if ddp and where.type == "cuda":
+            where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(where)
+        every_kind, every = parse_interval(checkpoint_interval)
+        for name, choices in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "trapezoid", "constant"))):
+            if globals()[name] not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
+        for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
+            if globals()[name] < 1:
+                raise ValueError(f"{name} must be at least 1, not {globals()[name]}")
+        begun = os.path.exists(os.path.join(out, "config.py")) or bool(run_steps(out))
+        if begun and first and not resume:
+            raise ValueError(f"{out} holds a run already; go on with it by --resume, or write to another --out")
+        folders = list(data) if isinstance(data, dict) else [data]
+        metas = [tokens.Meta(folder) for folder in folders]
+        encoding = metas[0].encoding()
+        for meta in metas[1:]:
+            if tokens.fingerprint(meta.encoding()) != tokens.fingerprint(encoding):
+                raise ValueError(f"{meta.folder} and {folders[0]} have different vocabularies; prepare one with --tokenizer={folders[0]}")
+        data_fingerprint = " ".join(meta.fingerprint() for meta in metas)
+        torch.manual_seed(seed)
+        loaded = load_checkpoint() if begun else None
+        if begun and resume and not loaded and run_steps(out):
+            raise ValueError(f"{out}: none of its checkpoints is whole; start anew in another --out")
+        source = GPT.from_pretrained(init_from) if init_from and not loaded else loaded[0] if loaded else None
+        if source is not None:
+            mine = asdict(source.config)
+            for name in mine:
+                wanted = globals()[name]
+                if name in given and wanted not in (None, mine[name]) and name != "dropout" and not (name == "block_size" and wanted < mine[name]):
+                    raise ValueError(f"{name}={wanted}, but the model in {init_from if not loaded else out} has {mine[name]}; leave {name} out")
+                if name != "dropout" and not (name == "block_size" and name in given):
+                    globals()[name] = mine[name]
+            model = source
+            model.config.dropout = dropout
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = dropout
+                elif hasattr(module, "q_proj"):
+                    module.dropout = dropout
+            if init_from and not loaded:
+                with contextlib.suppress(ValueError):  # a folder without a tokenizer: the number of ids has to do
+                    from model import find_checkpoint
+
+                    theirs = tokens.load_tokenizer(find_checkpoint(init_from))
+                    if tokens.fingerprint(theirs) != tokens.fingerprint(encoding):
+                        config.fail(f"{data} was made with another vocabulary than {init_from}; prepare it with --tokenizer={init_from}")
+        else:
+            vocab_size = vocab_size or encoding.n_vocab
+            model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{data} has a vocabulary of {encoding.n_vocab} ids, more than the model's vocab_size={model.config.vocab_size}")
+        batches = tokens.Batches(data, block_size, seed)
+        validation = [tokens.Stream(folder, "val") for folder in folders]
+        if min(len(s) for s in validation) <= block_size:
+            raise ValueError(
+                f"a validation split has {min(len(s) for s in validation)} tokens, less than a window of block_size + 1 = {block_size + 1}; "
+                "prepare more text, or with a larger --val_fraction"
+            )
+        if batch_tokens % (block_size * world):
+            near = max(1, round(batch_tokens / (block_size * world))) * block_size * world
+            raise ValueError(f"batch_tokens={batch_tokens} is no multiple of block_size × processes = {block_size} × {world}; try {near}")
+    if learning_rate is None:
+        learning_rate = 0.02 if optimizer == "muon" else 6e-4
+    if min_lr is None:
+        min_lr = learning_rate / 10
+    if compile is None:
+        compile = compile_default
+    sequences = batch_tokens // block_size  # in a step, over all processes
+    mine = sequences // world
+
+    if ddp:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")  # TF32 for what float32 matrix products there are on CUDA
+    model.to(where).train()
+    optimizers = make_optimizers(model)
+    step, clock, best, trained = 0, 0.0, {}, 0  # clock: seconds of earlier processes of this run
+    if loaded:
+        _, state, trainer = loaded
+        for name, now in (("data_fingerprint", data_fingerprint), ("batch_tokens", batch_tokens), ("block_size", block_size), ("seed", seed), ("optimizer", optimizer)):
+            if trainer[name] != now:
+                config.fail(f"the run in {out} has {name}={trainer[name]}, not {now}: resumed so, it would be another run; start one in another --out")
+        restore(optimizers, model, state)
+        step, clock, best = trainer["step"], trainer["seconds"], trainer["best"]
+        del state
+        if trainer["finished"] or step >= max_steps:
+            say(f"{out} is finished at step {step}; raise --max_steps or start another run" if not trainer["finished"] else f"{out} is finished: {step} steps")
+            return
+    autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
+    scaler = torch.amp.GradScaler(where.type, enabled=number_type == torch.float16)
+    if loaded and scaler.is_enabled():
+        scaler.load_state_dict(trainer["scaler"])
+
+    def get_batch(micro_first, count):
+        x, y = (torch.from_numpy(a) for a in batches.get(micro_first, count))
+        if where.type == "cuda":
+            return x.pin_memory().to(where, non_blocking=True), y.pin_memory().to(where, non_blocking=True)
+        return x.to(where), y.to(where)
+
+    # One micro-step for nothing: does it compile, and does it fit?
+    run = torch.compile(model) if compile else model
+    micro = min(mine, batch_size or max(1, (2**16 if where.type == "cuda" else 2**12) // block_size))
+    while True:
+        try:
+            with autocast:
+                loss = run(*get_batch(0, micro)).sum()
+            scaler.scale(loss / batch_tokens).backward()
+            break
+        except torch.OutOfMemoryError:
+            if micro == 1:
+                config.fail(f"one sequence of {block_size} tokens does not fit into this device's memory; choose a smaller model or block_size")
+            micro = (micro + 1) // 2
+            say(f"out of memory: micro-batch halved to {micro}")
+        except Exception as e:  # whatever a compiler may raise
+            if run is model:
+                raise
+            say(f"WARNING: torch.compile failed here, going on without, which is slower: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
+            run = model
+        model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+    if ddp:
+        smallest = torch.tensor(micro, device=where)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        micro = int(smallest)
+        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[where] if where.type == "cuda" else None)
+    batch_size = micro
+
+    lengths = tokens.byte_lengths(encoding)
+    table = tokens.token_bytes(encoding)
+    known = torch.tensor([t is not None for t in table], device=where)
+    flops, peak = model.flops_per_token(), peak_flops(where, number_type)
+    rows, metrics = [], None
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
+    if first:
+        with config.user_errors():
+            os.makedirs(out, exist_ok=True)
+            rows = cut_metrics(step)
+            metrics = open(os.path.join(out, "metrics.csv"), "a", newline="", encoding="utf-8")
+            if not loaded:
+                with open(os.path.join(out, "config.py"), "w", encoding="utf-8") as f:
+                    f.write(config.dump(globals(), provenance(f"{world} × {name} ({where.type}), {number_type}")))
+    say(f"{model.count_parameters():,} parameters ({model.config.architecture()}), {where.type} {str(number_type)[6:]}, {world} process{'es' * (world > 1)}")
+    if model.config.architecture() == "daygpt":
+        say("note: no stock architecture computes these settings; stock loaders will refuse the checkpoints (model_type daygpt)")
+    epochs = ", ".join(f"{n:.2f} epochs of {folder}" for folder, n in batches.epochs(max_steps * sequences).items())
+    say(f"{max_steps:,} steps of {sequences} × {block_size} = {batch_tokens:,} tokens ({micro} sequences a micro-step): {epochs}")
+    if loaded:
+        say(f"resumed {out} at step {step}")
+
+    def seconds():
+        return clock + time.monotonic() - STARTED
+
+    def write_row(**values):
+        row = dict.fromkeys(COLUMNS, "") | values
+        rows.append(row)
+        csv.DictWriter(metrics, COLUMNS, lineterminator="\n").writerow(row)
+
+    def facts(finished=False):
+        return {
+            "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "finished": finished, "batch_size": batch_size,
+            "data": data, "data_fingerprint": data_fingerprint, "batch_tokens": batch_tokens, "block_size": block_size, "seed": seed,
+            "optimizer": optimizer, "scaler": scaler.state_dict(),
+        }  # fmt: skip
+
+    def save(finished=False):
+        metrics.flush()
+        save_checkpoint(model, optimizers, encoding, facts(finished))
+
+    def validate():
+        batches_ = itertools.chain.from_iterable(tokens.windows(s, block_size, limit=eval_tokens, batch_size=micro) for s in validation)
+        sums = score(model, itertools.islice(batches_, rank, None, world), lengths, autocast)
+        if ddp:
+            dist.all_reduce(sums)
+        with config.user_errors():
+            return figures(sums)
+
+    def sample():
+        """A sample of text, from a generator of its own: evaluating more often must not change training."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def pick(logits, _):
+            logits = logits[:, : len(known)].masked_fill(~known, -math.inf)
+            return torch.multinomial((logits / 0.8).softmax(-1).cpu(), 1, generator=generator)[:, 0]
+
+        model.eval()
+        ids = [encoding.eot_token, *encoding.encode_ordinary(sample_prompt)]
+        with autocast:
+            ids += [int(i) for i in model.generate([ids], sample_tokens, pick)]
+        model.train()
+        return b"".join(table[i] for i in ids).decode(errors="replace")
+
+    stopped = []
+
+    def on_signal(number, _):
+        if stopped:
+            raise KeyboardInterrupt  # asked twice: at once
+        stopped.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    evaluated = {int(r["step"]) for r in rows if r["val_loss"]}  # on rank 0; the others learn it below
+    if ddp:
+        shared = torch.tensor([step in evaluated], dtype=torch.float32, device=where)
+        dist.broadcast(shared, 0)
+        evaluated = {step} if shared.item() else set()
+    worse = best.get("worse", 0)
+    saved_at, saved_step, skipped, spans, finished, val = time.monotonic(), step if loaded else -1, 0, [], False, None
+    while True:
+        # Save before evaluating: what fails in an evaluation must not cost the run
+        finished = step >= max_steps or bool(patience and worse >= patience)
+        if first and step > saved_step and step > 0:
+            due = time.monotonic() - saved_at >= every if every_kind == "seconds" else step % every == 0
+            if due or finished:
+                save(finished)
+                saved_at, saved_step = time.monotonic(), step
+        if (step % eval_interval == 0 or finished) and step not in evaluated:
+            val = validate()
+            evaluated.add(step)
+            better = val["loss"] < best.get("val_loss", math.inf)
+            worse = 0 if better else worse + 1
+            best = {"step": step, "val_loss": val["loss"], "val_bpb": val["bits_per_byte"]} if better else best
+            best["worse"] = worse
+            if first:
+                write_row(step=step, tokens=step * batch_tokens, seconds=round(seconds(), 3), val_loss=val["loss"], val_bpb=val["bits_per_byte"])
+                if saved_step == step:
+                    config.write_json(os.path.join(out, f"step-{step:06d}", "trainer.json"), facts(finished))  # it may be the best now
+                    prune(best)
+                elif better and step > 0:
+                    save(finished)
+                    saved_at, saved_step = time.monotonic(), step
+                metrics.flush()
+                draw_curve(rows)
+                say(f"step {step:>6}  val loss {val['loss']:.4f}  {val['bits_per_byte']:.4f} bits per byte  accuracy {val['accuracy']:.3f}" + "  best" * better)
+                if sample_tokens:
+                    say("  | " + sample().strip("\n").replace("\n", "\n  | "))
+            continue  # patience may have run out: look again
+        if finished:
+            break
+
+        begun = time.perf_counter()
+        factor = lr_factor(step, schedule, warmup_steps, max_steps, min_lr / learning_rate)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["peak"] * factor
+        # Dropout is a function of (seed, step, rank), like the batch: no random state outlives a step, so none needs saving
+        torch.manual_seed(hash((seed, step, rank)) % 2**63)
+        start = step * sequences + rank * mine
+        nats = torch.zeros((), device=where)
+        for offset in range(0, mine, micro):
+            last = offset + micro >= mine
+            x, y = get_batch(start + offset, min(micro, mine - offset))  # (b, T), (b, T)
+            with contextlib.nullcontext() if last or not ddp else run.no_sync():  # gradients meet on the last micro-step only
+                with autocast:
+                    loss = run(x, y).sum()  # nats of this micro-batch
+                # Divided by the targets of the whole step, so that it does not matter how the step is cut. DDP takes the mean over
+                # processes where the sum is meant, hence the factor.
+                scaler.scale(loss * (world / batch_tokens)).backward()
+            nats += loss.detach()
+        for o in optimizers:
+            scaler.unscale_(o) if scaler.is_enabled() else None
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        told = torch.stack([nats.double() if where.type != "mps" else nats, torch.tensor(float(bool(stopped)), device=where)])
+        if ddp:
+            dist.all_reduce(told)  # also: was any process told to stop?
+        loss, norm, stop = told[0].item() / batch_tokens, norm.item(), told[1].item() > 0  # the step's one wait for the GPU
+        if math.isfinite(loss) and math.isfinite(norm):
+            for o in optimizers:
+                o.step()
+            skipped = 0
+        else:  # a non-finite gradient never reaches the weights
+            skipped += 1
+            if not scaler.is_enabled() or skipped > 1:
+                say(f"step {step + 1:>6}  loss {loss:.4f}, gradient norm {norm:.4f}: step skipped")
+            if skipped == 30:
+                config.fail(f"the loss or gradient was not finite 30 steps in a row; lower --learning_rate={learning_rate:g}. The last checkpoint is whole")
+        if scaler.is_enabled():
+            scaler.update()
+        model.zero_grad(set_to_none=True)
+        step += 1
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - begun
+        if first:
+            rate = batch_tokens / spent
+            mfu = flops * rate / (peak * world)
+            memory = peak_memory(where)
+            write_row(
+                step=step, tokens=step * batch_tokens, seconds=round(seconds(), 3), loss=loss, lr=learning_rate * factor, grad_norm=norm,
+                tokens_per_second=round(rate, 1), mfu=round(mfu, 5), memory=memory,
+            )  # fmt: skip
+            spans.append(spent)
+            if step % log_interval == 0 or step == 1:
+                recent = sum(spans[-log_interval:]) / len(spans[-log_interval:])
+                metrics.flush()
+                say(
+                    f"step {step:>6}/{max_steps}  loss {loss:.4f}  lr {learning_rate * factor:.2e}  norm {norm:.2f}  {batch_tokens / recent:,.0f} tokens/s  "
+                    f"MFU {flops * batch_tokens / recent / (peak * world):.1%}  {memory / 2**20:,.0f} MB  left {duration((max_steps - step) * recent)}"
+                )
+        if stop:
+            if first:
+                save()
+                say(f"told to stop: saved step {step}; go on with --resume")
+            if ddp:
+                dist.destroy_process_group()
+            sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))
+
+    if first:
+        rates = [float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"]]
+        last_val = [r for r in rows if r["val_loss"] != ""][-1]
+        result = {
+            "parameters": model.count_parameters(), "steps": step, "tokens": step * batch_tokens, "seconds": seconds(),
+            "val_loss": float(last_val["val_loss"]), "val_bpb": float(last_val["val_bpb"]), "best": best,
+            "tokens_per_second": statistics.median(rates), "mfu": flops * statistics.median(rates) / (peak * world),
+            "peak_memory_bytes": peak_memory(where), "out": out,
+        }  # fmt: skip
+        if json:
+            config.write_json(json, result)
+        if best["step"] != step:
+            say(f"the best is step {best['step']}: val loss {best['val_loss']:.4f}")
+        say(
+            f"{result['parameters']:,} parameters, {result['tokens']:,} tokens seen, val loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits per byte, "
+            f"{result['tokens_per_second']:,.0f} tokens/s, {duration(result['seconds'])}: {out}"
+        )
+    if ddp:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
