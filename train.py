@@ -443,7 +443,7 @@ def main():
     while True:
         try:
             with autocast:
-                loss = run(*get_batch(0, micro)).sum()
+                loss = run(*get_batch(0, micro))
             scaler.scale(loss / batch_tokens).backward()
             break
         except torch.OutOfMemoryError:
@@ -591,7 +591,7 @@ def main():
             x, y = get_batch(start + offset, min(micro, mine - offset))  # (b, T), (b, T)
             with contextlib.nullcontext() if last or not ddp else run.no_sync():  # gradients meet on the last micro-step only
                 with autocast:
-                    loss = run(x, y).sum()  # nats of this micro-batch
+                    loss = run(x, y)  # nats of this micro-batch
                 # Divided by the targets of the whole step, so that it does not matter how the step is cut. DDP takes the mean over
                 # processes where the sum is meant, hence the factor.
                 scaler.scale(loss * (world / batch_tokens)).backward()
