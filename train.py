@@ -270,18 +270,30 @@ def restore(optimizers, model, state):
 COLUMNS = "step,tokens,seconds,loss,lr,grad_norm,tokens_per_second,mfu,memory,val_loss,val_bpb".split(",")
 
 
-def cut_metrics(step):
-    """Cut metrics.csv back to the checkpoint's step; returns the rows that stay."""
-    path, rows = os.path.join(out, "metrics.csv"), []
-    if os.path.exists(path):
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = [row for row in csv.DictReader(f) if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
-    with open(path + ".part", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".part", path)
-    return rows
+def read_metrics(step):
+    """The rows of metrics.csv up to a checkpoint's step: a resumed run writes the later ones again."""
+    path = os.path.join(out, "metrics.csv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as f:
+        return [row for row in csv.DictReader(f) if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+
+
+def summary(model, rows, best, peak):
+    """The run's final figures, for --json, and their one line."""
+    done = [r for r in rows if r["val_loss"]][-1]
+    rate = statistics.median(float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"])
+    memory = max(int(r["memory"]) for r in rows if r["memory"])
+    result = {
+        "parameters": model.count_parameters(), "steps": int(done["step"]), "tokens": int(done["tokens"]), "seconds": float(done["seconds"]),
+        "val_loss": float(done["val_loss"]), "val_bpb": float(done["val_bpb"]), "best": best, "tokens_per_second": rate,
+        "mfu": model.flops_per_token() * rate / peak, "peak_memory_bytes": memory, "out": out,
+    }  # fmt: skip
+    line = (
+        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens seen, val loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits per byte, "
+        f"{rate:,.0f} tokens/s, {duration(result['seconds'])}: {out}"
+    )
+    return result, line
 
 
 def draw_curve(rows):
@@ -414,7 +426,8 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 for what float32 matrix products there are on CUDA
     model.to(where).train()
     optimizers = make_optimizers(model)
-    step, clock, best, trained = 0, 0.0, {}, 0  # clock: seconds of earlier processes of this run
+    flops, peak = model.flops_per_token(), peak_flops(where, number_type) * world
+    step, clock, best, rows = 0, 0.0, {}, []  # clock: seconds of earlier processes of this run
     if loaded:
         _, state, trainer = loaded
         for name, now in (("data_fingerprint", data_fingerprint), ("batch_tokens", batch_tokens), ("block_size", block_size), ("seed", seed), ("optimizer", optimizer)):
@@ -422,9 +435,9 @@ def main():
                 config.fail(f"the run in {out} has {name}={trainer[name]}, not {now}: resumed so, it would be another run; start one in another --out")
         restore(optimizers, model, state)
         step, clock, best = trainer["step"], trainer["seconds"], trainer["best"]
-        del state
-        if trainer["finished"] or step >= max_steps:
-            say(f"{out} is finished at step {step}; raise --max_steps or start another run" if not trainer["finished"] else f"{out} is finished: {step} steps")
+        rows = read_metrics(step)
+        if (step >= max_steps or patience and best.get("worse", 0) >= patience) and any(r["val_loss"] and int(r["step"]) == step for r in rows):
+            say(f"{out} is finished; to train longer, raise --max_steps\n{summary(model, rows, best, peak)[1]}")
             return
     autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
     scaler = torch.amp.GradScaler(where.type, enabled=number_type == torch.float16)
@@ -468,14 +481,16 @@ def main():
     lengths = tokens.byte_lengths(encoding)
     table = tokens.token_bytes(encoding)
     known = torch.tensor([t is not None for t in table], device=where)
-    flops, peak = model.flops_per_token(), peak_flops(where, number_type)
-    rows, metrics = [], None
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
     if first:
         with config.user_errors():
             os.makedirs(out, exist_ok=True)
-            rows = cut_metrics(step)
-            metrics = open(os.path.join(out, "metrics.csv"), "a", newline="", encoding="utf-8")
+            metrics = open(os.path.join(out, ".metrics.part"), "w", newline="", encoding="utf-8")
+            writer = csv.DictWriter(metrics, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            metrics.flush()
+            os.replace(os.path.join(out, ".metrics.part"), os.path.join(out, "metrics.csv"))  # and goes on being written
             if not loaded:
                 with open(os.path.join(out, "config.py"), "w", encoding="utf-8") as f:
                     f.write(config.dump(globals(), provenance(f"{world} × {name} ({where.type}), {number_type}")))
@@ -493,18 +508,19 @@ def main():
     def write_row(**values):
         row = dict.fromkeys(COLUMNS, "") | values
         rows.append(row)
-        csv.DictWriter(metrics, COLUMNS, lineterminator="\n").writerow(row)
+        writer.writerow(row)
 
-    def facts(finished=False):
+    def facts():
         return {
-            "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "finished": finished, "batch_size": batch_size,
+            "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "batch_size": batch_size,
             "data": data, "data_fingerprint": data_fingerprint, "batch_tokens": batch_tokens, "block_size": block_size, "seed": seed,
             "optimizer": optimizer, "scaler": scaler.state_dict(),
         }  # fmt: skip
 
-    def save(finished=False):
+    def save():
         metrics.flush()
-        save_checkpoint(model, optimizers, encoding, facts(finished))
+        with config.user_errors():  # a full disk
+            save_checkpoint(model, optimizers, encoding, facts())
 
     def validate():
         batches_ = itertools.chain.from_iterable(tokens.windows(s, block_size, limit=eval_tokens, batch_size=micro) for s in validation)
@@ -552,7 +568,7 @@ def main():
         if first and step > saved_step and step > 0:
             due = time.monotonic() - saved_at >= every if every_kind == "seconds" else step % every == 0
             if due or finished:
-                save(finished)
+                save()
                 saved_at, saved_step = time.monotonic(), step
         if (step % eval_interval == 0 or finished) and step not in evaluated:
             val = validate()
@@ -564,10 +580,10 @@ def main():
             if first:
                 write_row(step=step, tokens=step * batch_tokens, seconds=round(seconds(), 3), val_loss=val["loss"], val_bpb=val["bits_per_byte"])
                 if saved_step == step:
-                    config.write_json(os.path.join(out, f"step-{step:06d}", "trainer.json"), facts(finished))  # it may be the best now
+                    config.write_json(os.path.join(out, f"step-{step:06d}", "trainer.json"), facts())  # it may be the best now
                     prune(best)
                 elif better and step > 0:
-                    save(finished)
+                    save()
                     saved_at, saved_step = time.monotonic(), step
                 metrics.flush()
                 draw_curve(rows)
@@ -596,8 +612,9 @@ def main():
                 # processes where the sum is meant, hence the factor.
                 scaler.scale(loss * (world / batch_tokens)).backward()
             nats += loss.detach()
-        for o in optimizers:
-            scaler.unscale_(o) if scaler.is_enabled() else None
+        if scaler.is_enabled():
+            for o in optimizers:
+                scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         told = torch.stack([nats.double() if where.type != "mps" else nats, torch.tensor(float(bool(stopped)), device=where)])
         if ddp:
@@ -609,8 +626,7 @@ def main():
             skipped = 0
         else:  # a non-finite gradient never reaches the weights
             skipped += 1
-            if not scaler.is_enabled() or skipped > 1:
-                say(f"step {step + 1:>6}  loss {loss:.4f}, gradient norm {norm:.4f}: step skipped")
+            say(f"step {step + 1:>6}  loss {loss:.4f}, gradient norm {norm:.4f}: step skipped" + ", loss scale lowered" * scaler.is_enabled())
             if skipped == 30:
                 config.fail(f"the loss or gradient was not finite 30 steps in a row; lower --learning_rate={learning_rate:g}. The last checkpoint is whole")
         if scaler.is_enabled():
@@ -622,7 +638,7 @@ def main():
         spent = time.perf_counter() - begun
         if first:
             rate = batch_tokens / spent
-            mfu = flops * rate / (peak * world)
+            mfu = flops * rate / peak
             memory = peak_memory(where)
             write_row(
                 step=step, tokens=step * batch_tokens, seconds=round(seconds(), 3), loss=loss, lr=learning_rate * factor, grad_norm=norm,
@@ -634,7 +650,7 @@ def main():
                 metrics.flush()
                 say(
                     f"step {step:>6}/{max_steps}  loss {loss:.4f}  lr {learning_rate * factor:.2e}  norm {norm:.2f}  {batch_tokens / recent:,.0f} tokens/s  "
-                    f"MFU {flops * batch_tokens / recent / (peak * world):.1%}  {memory / 2**20:,.0f} MB  left {duration((max_steps - step) * recent)}"
+                    f"MFU {flops * batch_tokens / recent / peak:.1%}  {memory / 2**20:,.0f} MB  left {duration((max_steps - step) * recent)}"
                 )
         if stop:
             if first:
@@ -645,22 +661,12 @@ def main():
             sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))
 
     if first:
-        rates = [float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"]]
-        last_val = [r for r in rows if r["val_loss"] != ""][-1]
-        result = {
-            "parameters": model.count_parameters(), "steps": step, "tokens": step * batch_tokens, "seconds": seconds(),
-            "val_loss": float(last_val["val_loss"]), "val_bpb": float(last_val["val_bpb"]), "best": best,
-            "tokens_per_second": statistics.median(rates), "mfu": flops * statistics.median(rates) / (peak * world),
-            "peak_memory_bytes": peak_memory(where), "out": out,
-        }  # fmt: skip
+        result, line = summary(model, rows, best, peak)
         if json:
             config.write_json(json, result)
         if best["step"] != step:
             say(f"the best is step {best['step']}: val loss {best['val_loss']:.4f}")
-        say(
-            f"{result['parameters']:,} parameters, {result['tokens']:,} tokens seen, val loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits per byte, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, {duration(result['seconds'])}: {out}"
-        )
+        say(line)
     if ddp:
         dist.destroy_process_group()
 
