@@ -67,7 +67,7 @@ def evaluate(run, where, autocast):
     total = sum(math.ceil(min(len(s) - 1, eval_tokens or len(s)) / (stride or size) / batch) for s in streams)
     begun = time.monotonic()
     windows = (w for s in streams for w in tokens.windows(s, size, stride, eval_tokens, batch))
-    sums = score(model, tqdm(windows, total=total, desc=run, unit="batch", leave=False), tokens.byte_lengths(encoding), autocast)
+    sums = score(model, tqdm(windows, total=total, desc=run, unit="batch", leave=False, disable=None), tokens.byte_lengths(encoding), autocast)
     seconds = time.monotonic() - begun
     return {"run": run, "checkpoint": folder, "scored": name, "parameters": model.count_parameters(), **figures(sums), "seconds": seconds}
 

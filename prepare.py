@@ -110,20 +110,23 @@ def start_worker(recipe_, encoding_):
 
 
 def work(bundle):
-    """In a worker: each record's (where, problem, digest, bytes, product), the product its text or, given an encoding, its token ids."""
+    """In a worker: each record's (where, problem, digest, bytes before and after cleaning, product); the product is its text or, given an
+    encoding, its token ids."""
     results = []
     for where, kind, data in bundle:
         try:
-            content = text.classical(text.clean(text.extract(kind, data, **recipe["extract"])), **recipe["classical"])
+            content = text.extract(kind, data, **recipe["extract"])
         except text.BadDocument as e:
-            results.append((where, str(e), None, 0, None))
+            results.append((where, str(e), None, (0, 0), None))
             continue
+        before = len(content.encode("utf-8", "surrogatepass"))
+        content = text.classical(text.clean(content), **recipe["classical"])
         raw = content.encode()
         product = content
         if encoding is not None and content.strip():
             ids = encoding.encode_ordinary(content)  # special tokens spelled out in a document stay text
             product = np.array([encoding.eot_token, *ids], dtype=tokens.dtype_for(encoding.n_vocab))
-        results.append((where, None, hashlib.sha256(raw).digest()[:16], len(raw) if content.strip() else 0, product))
+        results.append((where, None, hashlib.sha256(raw).digest()[:16], (before, len(raw) if content.strip() else 0), product))
     return results
 
 
@@ -132,17 +135,17 @@ def in_validation(digest):
 
 
 def documents(files, encoding, label, counts):
-    """Run every document through the workers: (digest, bytes, product) of those kept, in order of the input; counts what was dropped."""
+    """Run every document through the workers: (digest, sizes, product) of those kept, in order of the input; counts what was dropped."""
     total = sum(os.path.getsize(path) for path, _ in files)
     recipe = {"extract": {"text_key": text_key, "html": html}}
     recipe["classical"] = {"lowercase": lowercase, "strip_punctuation": strip_punctuation, "drop_stopwords": drop_stopwords}
     n, seen, shown = workers or os.cpu_count(), set(), 0
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=label, mininterval=0.5) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc=label, mininterval=0.5, disable=None) as bar,
         multiprocessing.Pool(n, start_worker, (recipe, encoding)) as pool,
     ):
         for results in in_order(pool, work, bundles(files, bar), 4 * n):
-            for where, problem, digest, size, product in results:
+            for where, problem, digest, sizes, product in results:
                 counts["read"] += 1
                 if problem:
                     counts[problem] += 1
@@ -151,19 +154,19 @@ def documents(files, encoding, label, counts):
                     if shown < 10:  # name the first of them; meta.json has the counts
                         shown += 1
                         bar.write(f"skipped {where}: {problem}", file=sys.stderr)
-                elif not size:
+                elif not sizes[1]:
                     counts["empty"] += 1
                 elif dedup == "exact" and digest in seen:
                     counts["duplicate"] += 1
                 else:
                     seen.add(digest)
-                    yield digest, size, product
+                    yield digest, sizes, product
 
 
 def sample(files):
     """Texts to train a vocabulary on: those of the training split, up to VOCABULARY_BYTES."""
     size = 0
-    for digest, n, content in documents(files, None, "vocabulary", collections.Counter()):
+    for digest, (_, n), content in documents(files, None, "vocabulary", collections.Counter()):
         if not in_validation(digest):
             size += n
             yield content
@@ -182,22 +185,24 @@ def write(files, encoding, folder, counts):
         facts[split].update(documents=1, tokens=len(ids), bytes=n_bytes)
 
     held = []  # the first documents wait until it is known how many there are
-    for digest, size, ids in documents(files, encoding, "tokens", counts):
-        held.append((digest, size, ids))
+    for document in documents(files, encoding, "tokens", counts):
+        held.append(document)
         if len(held) == SPLIT_BELOW or facts["train"]["documents"] + facts["val"]["documents"]:
-            for digest, size, ids in held:
-                put("val" if in_validation(digest) else "train", ids, size)
+            for digest, (_, after), ids in held:
+                put("val" if in_validation(digest) else "train", ids, after)
             held = []
     if held:
         ids = np.concatenate([ids for _, _, ids in held])
+        before = sum(before for _, (before, _), _ in held)
         starts = np.cumsum([0] + [len(i) for _, _, i in held])
         ends, table = np.cumsum(sizes[ids]), tokens.token_bytes(encoding)
-        cut = int(np.searchsorted(ends, int(ends[-1] * 0.9), side="right"))
+        tail = min(before - int(0.9 * before), ends[-1] // 2)  # a tenth of the text as it came: to the byte the split of nanoGPT
+        cut = int(np.searchsorted(ends, ends[-1] - tail, side="right"))
         while cut < len(ids) - 1 and table[ids[cut]] and table[ids[cut]][0] & 0xC0 == 0x80:  # never inside a character
             cut += 1
         end = np.array([encoding.eot_token], dtype=dtype)
-        tail = ids[cut:] if ids[cut] == encoding.eot_token else np.concatenate([end, ids[cut:]])
-        for split, part, n in (("train", ids[:cut], (starts[:-1] < cut).sum()), ("val", tail, (starts[1:] > cut).sum())):
+        rest = ids[cut:] if ids[cut] == encoding.eot_token else np.concatenate([end, ids[cut:]])
+        for split, part, n in (("train", ids[:cut], (starts[:-1] < cut).sum()), ("val", rest, (starts[1:] > cut).sum())):
             writers[split].write(part)
             facts[split].update(documents=int(n), tokens=len(part), bytes=int(sizes[part].sum()))
     for writer in writers.values():
@@ -236,8 +241,9 @@ def main():
     os.makedirs(part)
     try:
         splits, shards = write(files, encoding, part, counts)
-        kept = splits["train"]["documents"] + splits["val"]["documents"]
-        bad = counts["read"] - kept - counts["empty"] - counts["duplicate"]
+        dropped = {reason: n for reason, n in sorted(counts.items()) if reason != "read"}
+        kept = counts["read"] - sum(dropped.values())
+        bad = sum(dropped.values()) - counts["empty"] - counts["duplicate"]
         if bad > max_bad * counts["read"]:
             config.fail(f"{bad} of {counts['read']} documents are bad, more than max_bad={max_bad:g}; mend them or raise --max_bad. Nothing was written")
         if not kept:
@@ -248,7 +254,6 @@ def main():
         if kind in ("trained", "folder"):
             names |= {"pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
             tokens.write_tokenizer_file(encoding, os.path.join(part, "tokenizer.tiktoken"))
-        dropped = {reason: n for reason, n in sorted(counts.items()) if reason != "read"}
         meta = {"format_version": 1, "tokenizer": names, "splits": splits, "shards": shards}
         meta["cleaning"] = {"read": counts["read"], "kept": kept, "dropped": dropped, "passed_over_files": passed_over}
         config.write_json(os.path.join(part, "meta.json"), meta)
@@ -265,7 +270,7 @@ def main():
     print(f"{counts['read']:,} documents read, {kept:,} kept; dropped: {report}" + (f"; {passed_over:,} files of other kinds" if passed_over else ""))
     for split, f in splits.items():
         print(f"{split:5} {f['documents']:>9,} documents {f['bytes']:>13,} bytes {f['tokens']:>12,} tokens ({f['bytes'] / f['tokens']:.2f} bytes each)")
-    print(f"{out}: vocabulary {tokenizer}, {encoding.n_vocab:,} ids")
+    print(f"{out}: vocabulary {tokenizer}, {encoding.n_vocab:,} ids; next: python train.py --data={out}")
 
 
 if __name__ == "__main__":

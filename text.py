@@ -75,12 +75,13 @@ SURROGATES = re.compile(r"[\ud800-\udfff]+")
 
 def clean(content):
     """The text as a generator should learn it: Unicode NFC, line feeds, no control characters, no blanks at the ends of lines, at most two
-    blank lines in a row. Indentation, case and punctuation stay: a cleaned Python module still parses. Idempotent."""
+    blank lines in a row, none at the beginning or end. Indentation, case and punctuation stay: a cleaned Python module still parses. Idempotent."""
     content = SURROGATES.sub(lambda m: m[0].encode("utf-16", "surrogatepass").decode("utf-16", "replace"), content)  # JSON can spell halves
     content = CONTROLS.sub("", content.replace("\r\n", "\n").replace("\r", "\n"))
     content = unicodedata.normalize("NFC", content)
     content = re.sub(r"[^\S\n]+$", "", content, flags=re.MULTILINE)
-    return re.sub(r"\n{4,}", "\n\n\n", content).strip("\n")
+    content = re.sub(r"\n{4,}", "\n\n\n", content).lstrip("\n")
+    return content.rstrip("\n") + "\n" * content.endswith("\n")
 
 
 STOPWORDS = frozenset(
