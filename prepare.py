@@ -74,6 +74,10 @@ def find_files(inputs):
     return found, passed_over
 
 
+def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def bundles(files, bar):
     """The records of all files, in lists of about a megabyte: what a worker gets at once."""
     bundle, size = [], 0
@@ -82,12 +86,12 @@ def bundles(files, bar):
         for where, kind_, data, position in text.records(path, kind):
             bundle.append((where, kind_, data))
             size += len(data) + 1000
-            bar.update(position - before)
-            before = position
+            bar.update(max(0, position - before))
+            before = max(before, position)
             if size > 1_000_000:
                 yield bundle
                 bundle, size = [], 0
-        bar.update(os.path.getsize(path) - before)
+        bar.update(size_of(path) - before)
     if bundle:
         yield bundle
 
@@ -134,9 +138,9 @@ def in_validation(digest):
     return int.from_bytes(digest[:8], "little") < val_fraction * 2**64
 
 
-def documents(files, encoding, label, counts):
+def documents(files, encoding, label, counts, loud=True):
     """Run every document through the workers: (digest, sizes, product) of those kept, in order of the input; counts what was dropped."""
-    total = sum(os.path.getsize(path) for path, _ in files)
+    total = sum(size_of(path) for path, _ in files)
     recipe = {"extract": {"text_key": text_key, "html": html}}
     recipe["classical"] = {"lowercase": lowercase, "strip_punctuation": strip_punctuation, "drop_stopwords": drop_stopwords}
     n, seen, shown = workers or os.cpu_count(), set(), 0
@@ -149,9 +153,9 @@ def documents(files, encoding, label, counts):
                 counts["read"] += 1
                 if problem:
                     counts[problem] += 1
-                    if strict:
+                    if strict and loud:
                         config.fail(f"{where}: {problem}; without --strict such documents are skipped")
-                    if shown < 10:  # name the first of them; meta.json has the counts
+                    if loud and shown < 10:  # name the first of them; meta.json has the counts
                         shown += 1
                         bar.write(f"skipped {where}: {problem}", file=sys.stderr)
                 elif not sizes[1]:
@@ -165,13 +169,18 @@ def documents(files, encoding, label, counts):
 
 def sample(files):
     """Texts to train a vocabulary on: those of the training split, up to VOCABULARY_BYTES."""
-    size = 0
-    for digest, (_, n), content in documents(files, None, "vocabulary", collections.Counter()):
-        if not in_validation(digest):
-            size += n
-            yield content
+    size, held = 0, []  # too few documents for a split by hash: all of them
+    for document in documents(files, None, "vocabulary", collections.Counter(), loud=False):
+        held.append(document)
+        if len(held) == SPLIT_BELOW or size:
+            for digest, (_, n), content in held:
+                if not in_validation(digest):
+                    size += n
+                    yield content
+            held = []
         if size > VOCABULARY_BYTES:
             return
+    yield from (content for _, _, content in held)
 
 
 def write(files, encoding, folder, counts):
@@ -200,6 +209,7 @@ def write(files, encoding, folder, counts):
         cut = int(np.searchsorted(ends, ends[-1] - tail, side="right"))
         while cut < len(ids) - 1 and table[ids[cut]] and table[ids[cut]][0] & 0xC0 == 0x80:  # never inside a character
             cut += 1
+        cut -= int(ids[cut - 1] == encoding.eot_token)
         end = np.array([encoding.eot_token], dtype=dtype)
         rest = ids[cut:] if ids[cut] == encoding.eot_token else np.concatenate([end, ids[cut:]])
         for split, part, n in (("train", ids[:cut], (starts[:-1] < cut).sum()), ("val", rest, (starts[1:] > cut).sum())):
@@ -219,8 +229,13 @@ def main():
         config.fail(f"dedup must be exact or none, not {dedup!r}")
     if not 0 < val_fraction < 1:
         config.fail(f"val_fraction must lie between 0 and 1, not {val_fraction}")
+    for name, least in (("workers", 0), ("shard_tokens", 1)):
+        if globals()[name] < least:
+            config.fail(f"{name} must be at least {least}, not {globals()[name]}")
     if os.path.exists(out) and not overwrite:
         config.fail(f"{out} is there already; name another --out, or replace it with --overwrite")
+    if os.path.exists(out) and not (os.path.isdir(out) and (os.path.exists(os.path.join(out, "meta.json")) or not os.listdir(out))):
+        config.fail(f"{out} is no data set, so --overwrite does not touch it; name another --out")
     files, passed_over = find_files(inputs) if inputs else ([(path, "text") for path in standard_library()], 0)
     if not files:
         config.fail(f"there is nothing to read in {' '.join(inputs)}: no file that ends in {' '.join(text.KINDS)} (.gz)")
@@ -238,8 +253,8 @@ def main():
             kind = "bytes" if tokenizer == "bytes" else "folder" if os.path.isdir(tokenizer) else "tiktoken"
     part = out.rstrip("/") + ".part"
     shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
     try:
+        os.makedirs(part)
         splits, shards = write(files, encoding, part, counts)
         dropped = {reason: n for reason, n in sorted(counts.items()) if reason != "read"}
         kept = counts["read"] - sum(dropped.values())
@@ -258,12 +273,13 @@ def main():
         meta["cleaning"] = {"read": counts["read"], "kept": kept, "dropped": dropped, "passed_over_files": passed_over}
         config.write_json(os.path.join(part, "meta.json"), meta)
         if json:
-            config.write_json(json, meta)
+            with config.user_errors():
+                config.write_json(json, meta)
         if overwrite:
             shutil.rmtree(out, ignore_errors=True)
         os.rename(part, out)
     except OSError as e:
-        config.fail(f"could not write {out}: {e.strerror}; nothing was kept")
+        config.fail(f"could not write {out}: {e.strerror or e}; nothing was kept")
     finally:
         shutil.rmtree(part, ignore_errors=True)
     report = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"

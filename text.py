@@ -4,6 +4,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".html": "html", ".htm": "html", ".jsonl": "json"}  # by a file's ending, .gz aside
 
@@ -20,19 +21,19 @@ def kind_of(path):
 def records(path, kind):
     """The documents in a file, not decoded yet: (where, kind, bytes, bytes of the file read so far).
 
-    A text or HTML file is one document, a JSON-lines file one a line (blank lines aside). A gzip that breaks off yields what it held, then
-    a record of kind "broken" whose bytes say why."""
-    with open(path, "rb") as raw:
-        file = gzip.open(raw, "rb") if path.lower().endswith(".gz") else raw
-        try:
+    A text or HTML file is one document, a JSON-lines file one a line (blank lines aside). A file that cannot be read, or not to its
+    end, yields a last record of kind "broken" whose bytes say why."""
+    try:
+        with open(path, "rb") as raw:
+            file = gzip.open(raw, "rb") if path.lower().endswith(".gz") else raw
             if kind == "json":
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield f"{path}:{number}", kind, line, raw.tell()
             else:
                 yield path, kind, file.read(), raw.tell()
-        except (EOFError, gzip.BadGzipFile, OSError) as e:
-            yield path, "broken", f"unreadable file ({e})".encode(), raw.tell()
+    except (OSError, EOFError, zlib.error) as e:
+        yield path, "broken", f"unreadable file ({type(e).__name__})".encode(), 0
 
 
 def decode(data):
@@ -55,7 +56,7 @@ def extract(kind, data, text_key="text", html=False):
             raise BadDocument("not JSON") from e
         if not isinstance(entry, dict) or not isinstance(entry.get(text_key), str):
             raise BadDocument(f"no text under the key {text_key!r}")
-        content = entry[text_key]
+        content = SURROGATES.sub(lambda m: m[0].encode("utf-16", "surrogatepass").decode("utf-16", "replace"), entry[text_key])
     return strip_html(content) if html or kind == "html" else content
 
 
@@ -70,16 +71,17 @@ def strip_html(content):
 
 # Everything that Unicode calls a control character but tab and line feed. Carriage returns are mended before.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-SURROGATES = re.compile(r"[\ud800-\udfff]+")
+SURROGATES = re.compile(r"[\ud800-\udfff]+")  # halves of characters, which JSON can spell and UTF-8 cannot
+BLANKS = re.compile(r"[^\S\n]{1000,}")  # tokenizers' patterns take time in the square of such a run
 
 
 def clean(content):
     """The text as a generator should learn it: Unicode NFC, line feeds, no control characters, no blanks at the ends of lines, at most two
     blank lines in a row, none at the beginning or end. Indentation, case and punctuation stay: a cleaned Python module still parses. Idempotent."""
-    content = SURROGATES.sub(lambda m: m[0].encode("utf-16", "surrogatepass").decode("utf-16", "replace"), content)  # JSON can spell halves
     content = CONTROLS.sub("", content.replace("\r\n", "\n").replace("\r", "\n"))
     content = unicodedata.normalize("NFC", content)
-    content = re.sub(r"[^\S\n]+$", "", content, flags=re.MULTILINE)
+    content = "\n".join(line.rstrip() for line in content.split("\n"))
+    content = BLANKS.sub(lambda m: m[0][:1000], content)
     content = re.sub(r"\n{4,}", "\n\n\n", content).lstrip("\n")
     return content.rstrip("\n") + "\n" * content.endswith("\n")
 

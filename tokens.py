@@ -11,6 +11,8 @@ import glob
 import hashlib
 import json
 import os
+import re
+import zipfile
 
 import numpy as np
 import tiktoken
@@ -155,6 +157,8 @@ def load_tokenizer(folder):
             problem = f"it is {model.get('type')} with {kinds}, not byte-level BPE"
         elif (content["normalizer"] or {}).get("type", "NFC") != "NFC" or steps[-1].get("add_prefix_space"):
             problem = "it changes the text before it splits it"  # NFC is what prepare.py's cleaning gives anyway
+        elif kinds == ["ByteLevel"] and not steps[0].get("use_regex", True) or model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
+            problem = "it splits or marks words in an unusual way"
         elif END not in special:
             problem = f"it has no {END}"
         if not problem:
@@ -198,7 +202,7 @@ class Meta:
                 raise ValueError(f"{path} is damaged ({type(e).__name__} {e}): prepare the data anew") from e
         elif bins:
             self.tokenizer, self.vocab_size = {"kind": "tiktoken", "name": "gpt2"}, 50257
-            self.files = {s: [(os.path.basename(b), None, None) for b in bins if f"_{s}_" in os.path.basename(b)] for s in ("train", "val")}
+            self.files = {s: [(os.path.basename(b), None, None) for b in bins if re.search(f"(^|_){s}[_.]", os.path.basename(b))] for s in ("train", "val")}
         else:
             default = " " if folder == "data/python" else f" YOUR_TEXT --out={folder} "
             raise ValueError(f"there is no data set in {folder!r}; make it first: python prepare.py{default}".rstrip())
@@ -283,13 +287,15 @@ class Stream:
             path = os.path.join(folder, name)
             try:
                 shard = read_bin(path) if name.endswith(".bin") else np.load(path, mmap_mode="r", allow_pickle=False)
+                if not isinstance(shard, np.ndarray):
+                    raise ValueError("it is no array")
                 if tokens is not None and (shard.shape != (tokens,) or shard.dtype != dtype_for(meta.vocab_size)):
                     raise ValueError(f"{shard.dtype} of shape {shard.shape}, where meta.json says {tokens} tokens")
                 if sha256 and total <= self.CHECKED:
                     with open(path, "rb") as f:
                         if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
                             raise ValueError("its bytes are not those that were written")
-            except (OSError, ValueError, EOFError) as e:
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
                 raise ValueError(f"{path} is damaged or cut off ({e}); prepare the data anew, or copy the file again") from e
             self.shards.append(shard.view(np.ndarray))  # a plain view: slicing a memmap object costs ten times as much
         self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
@@ -353,7 +359,7 @@ class Batches:
     def __init__(self, data, block_size, seed):
         weights = data if isinstance(data, dict) else {data: 1.0}
         self.block_size, self.seed, self.streams = block_size, seed, [Stream(folder, "train") for folder in weights]
-        if not weights or min(weights.values()) <= 0:
+        if not weights or not all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights.values()):
             raise ValueError(f"data={data!r}: every data set needs a weight above 0")
         for stream in self.streams:
             if len(stream) <= block_size:

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import difflib
 import json
+import math
 import os
 import sys
 import types
@@ -61,10 +62,11 @@ def convert(name, text, kinds):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    with contextlib.suppress(ValueError):
-        return check(name, value, kinds)
-    if str in kinds:
-        return text  # --prompt=7 is the string "7", and --prompt=a=b keeps its sign
+    if str in kinds and (type(value) not in kinds or isinstance(value, str)):
+        return text  # to the letter: --prompt=7 is the string "7", quotes and further signs of equality are part of it
+    if float in kinds and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(text)  # inf
     return check(name, value, kinds)
 
 
@@ -119,12 +121,16 @@ def apply(namespace, argv=None, files=True):
             elif argument.endswith(".py"):
                 scope = {key: namespace[key] for key in settings}
                 with open(argument, encoding="utf-8") as f:
-                    exec(compile(f.read(), argument, "exec"), scope)
-                for key, value in scope.items():
-                    if key.startswith("_") or isinstance(value, (types.ModuleType, types.FunctionType)):
-                        continue
-                    if key not in settings or value is not namespace[key]:
-                        namespace[known(key, argument)] = check(key, value, kinds[key])
+                    tree = ast.parse(f.read(), argument)
+                try:
+                    exec(compile(tree, argument, "exec"), scope)
+                except Exception as e:  # whatever the user's own code raises
+                    fail(f"{argument}: {type(e).__name__}: {' '.join(str(e).split())}")
+                assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+                for key in assigned & scope.keys():
+                    if not key.startswith("_") and not isinstance(scope[key], types.FunctionType):
+                        known(key, argument)
+                        namespace[key] = check(key, scope[key], kinds[key])
                         given.add(key)
                 if "out" in settings and "out" not in given:
                     namespace["out"] = "out/" + os.path.splitext(os.path.basename(argument))[0]
@@ -132,7 +138,7 @@ def apply(namespace, argv=None, files=True):
                 fail(f"{argument!r} is neither a config file (*.py) nor a setting (--key=value)")
         except FileNotFoundError:
             fail(f"there is no config file {argument!r}; those that come along are in config/")
-        except (ValueError, SyntaxError, NameError, TypeError, ArithmeticError, OSError) as e:
+        except (ValueError, SyntaxError, OSError) as e:
             fail(f"{argument}: {e}")
     return inputs, given
 
@@ -141,7 +147,8 @@ def dump(namespace, notes=()):
     """The settings in `namespace` as the text of a config file that sets them all, after the notes as comments."""
     with open(namespace["__file__"], encoding="utf-8") as f:
         names = declared(f.read())
-    return "".join([f"# {note}\n" for note in notes] + [f"{name} = {namespace[name]!r}\n" for name in names])
+    values = {name: f"float('{v}')" if isinstance(v := namespace[name], float) and not math.isfinite(v) else repr(v) for name in names}
+    return "".join([f"# {note}\n" for note in notes] + [f"{name} = {value}\n" for name, value in values.items()])
 
 
 def write_json(path, content):

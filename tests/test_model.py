@@ -391,6 +391,24 @@ def test_the_loss_under_autocast_is_cross_entropys():
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 
 
+def test_gradients_of_several_losses_add_up():
+    for settings in ({}, {"tie_embeddings": True}):
+        model, x = make(std=0.1, **settings), ids(6, 28)
+        expected = loss_and_gradients(model, by_torch(model, x, x))[1]
+        model.zero_grad()
+        for part in x.split([1, 3, 2]):
+            (model(part, part) * 0.37).backward()
+        assert all(closest(p.grad, b) < 2e-5 * max(1, b.abs().max()) for p, b in zip(model.parameters(), expected))
+
+
+def test_a_second_way_back_through_a_loss_is_an_error():
+    model, x = make(), ids(2, 8)
+    loss = model(x, x)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
 def test_targets_that_count_nowhere_give_no_loss_and_no_gradient():
     model, x = make(), ids(2, 8)
     loss, gradients = loss_and_gradients(model, model(x, torch.full_like(x, IGNORE)))
@@ -483,20 +501,28 @@ def test_with_the_cache_most_tokens_are_computed_once():
 
 @pytest.mark.parametrize("settings", [GROUPED, GPT2])
 def test_the_cache_works_in_bfloat16(settings):
-    model, prompts, logits = make(**settings), [[1, 2, 3], [4]], {}
+    model, logits = make(**settings), {True: [], False: []}
     for use_cache in (True, False):
-        logits[use_cache] = []
+
+        def pick(new, sequences):
+            logits[use_cache].append(new)
+            return torch.tensor([len(s) for s in sequences])
+
         with torch.autocast("cpu", torch.bfloat16):
-            forced = lambda row, sequences: logits[use_cache].append(row) or torch.tensor([len(s) for s in sequences])
-            list(model.generate(prompts, 40, forced, use_cache))
+            list(model.generate([[1, 2, 3], [4]], 40, pick, use_cache))
     a, b = torch.stack(logits[True]), torch.stack(logits[False])
     assert a.dtype == torch.float32 and (a - b).pow(2).mean().sqrt() < 0.02 * b.std()
 
 
 def test_pick_sees_each_sequence_and_decides():
     model, seen = make(), []
-    picks = lambda logits, sequences: seen.append([list(s) for s in sequences]) or torch.tensor([7, 8])
-    assert columns(model.generate([[1, 2], [3]], 3, picks)) == [[7, 7, 7], [8, 8, 8]]
+
+    def pick(logits, sequences):
+        assert logits.shape == (2, 67) and logits.dtype == torch.float32
+        seen.append([list(s) for s in sequences])
+        return torch.tensor([7, 8])
+
+    assert columns(model.generate([[1, 2], [3]], 3, pick)) == [[7, 7, 7], [8, 8, 8]]
     assert seen == [[[1, 2], [3]], [[1, 2, 7], [3, 8]], [[1, 2, 7, 7], [3, 8, 8]]]
 
 

@@ -27,6 +27,7 @@ from text import BadDocument, classical, clean, decode, extract, kind_of, record
         "Case, STAYS; (and) [punctuation]: “too”… — ¿? <b>&amp;</b> `~!@#$%^&*_+=|\\/\"'",
         "two  blanks   inside\tand\ttabs",
         "one\n\ntwo\n\n\nthree",
+        "a last line that ends\n",
         "def f(x):\n    if x:\n        return 1\n\n\nclass A:\n    pass",
         "naïve café 红楼梦 👩‍👩‍👧‍👦 🇩🇪 مرحبا हिन्दी \ufffd \u200b\u200d",
         "<|endoftext|>",
@@ -40,15 +41,18 @@ def test_what_is_clean_stays(content):
 @pytest.mark.parametrize(
     "content, cleaned",
     [
-        ("a\r\nb\rc\nd\r\n", "a\nb\nc\nd"),
+        ("a\r\nb\rc\nd\r\n", "a\nb\nc\nd\n"),
         ("a\r\n\r\nb", "a\n\nb"),
-        ("a  \nb\t\nc \t \n\nd\u00a0\u3000\n", "a\nb\nc\n\nd"),
-        ("a \r\nb \r\n", "a\nb"),
+        ("a  \nb\t\nc \t \n\nd\u00a0\u3000\n", "a\nb\nc\n\nd\n"),
+        ("a \r\nb \r\n", "a\nb\n"),
+        ("a\nb  ", "a\nb"),
         ("a\n\n\n\nb", "a\n\n\nb"),
         ("a" + "\n" * 50 + "b", "a\n\n\nb"),
         ("a\n \n\t\n  \n \nb", "a\n\n\nb"),
-        ("\n\n  a\n\n", "  a"),
+        ("\n\n  a\n\n", "  a\n"),
+        ("a\n \n", "a\n"),
         (" \n\t\n", ""),
+        ("\n", ""),
         ("e\u0301 A\u030a \u1112\u1161\u11ab", "é Å 한"),
         ("ﬁ ² ①", "ﬁ ² ①"),
         ("a\x00b\x07c\x1b[31md\x7fe\x85f\x9fg", "abc[31mdefg"),
@@ -78,7 +82,7 @@ def test_what_is_cleaned_is_clean_and_stays_so():
         once = clean(content)
         assert clean(once) == once
         assert unicodedata.is_normalized("NFC", once) and "\n\n\n\n" not in once
-        assert not any(line != line.rstrip() for line in once.split("\n")) and once == once.strip("\n")
+        assert not any(line != line.rstrip() for line in once.split("\n")) and not once.startswith("\n") and not once.endswith("\n\n")
         once.encode()
 
 

@@ -466,6 +466,14 @@ def test_resume_of_a_finished_run_says_so(run, straight, tmp_path):
     assert contents(straight().out) == before
 
 
+def test_a_finished_run_that_lost_its_metrics_ends_well(run, straight, tmp_path):
+    shutil.copytree(straight().out, tmp_path / "run")
+    os.remove(tmp_path / "run/metrics.csv")
+    again = good(run(tmp_path, resume=True))
+    assert f"val loss {figures_of(straight())['val_loss']:.4f}" in again.stdout
+    assert same(weights(again, 60), weights(straight(), 60))
+
+
 def test_an_existing_run_is_refused_without_resume(run, straight, tmp_path):
     before = contents(straight().out)
     one_line(run(tmp_path, out=straight().out), "--resume", "--out")
@@ -720,6 +728,9 @@ def test_a_mixture_of_two_vocabularies_is_refused(run, data, other_vocabulary, t
         ({"schedule": "linear"}, ["schedule", "cosine", "trapezoid", "linear"]),
         ({"optimizer": "sgd"}, ["optimizer", "muon", "adamw", "sgd"]),
         ({"learning_rate": 0}, ["learning_rate"]),
+        ({"grad_clip": -1}, ["grad_clip"]),
+        ({"beta1": 2}, ["beta"]),
+        ({"patience": -1}, ["patience"]),
         ({"device": "tpu"}, ["device", "tpu"]),
         ({"device": "cuda:99"}, ["device", "cuda:99"]),
         ({"dtype": "float8"}, ["dtype", "float8"]),
