@@ -16,7 +16,7 @@ from tqdm import tqdm
 import config
 import tokens
 from model import GPT, figures, find_checkpoint, pick_device, read_json, score
-from text import decode
+from text import read_text
 
 # What to score
 text = ""  # a UTF-8 text file; empty: a validation split
@@ -34,8 +34,7 @@ json = ""  # file for the figures
 def streams_for(run, folder, encoding):
     """The token streams to score a model on, and what to call them. Raises ValueError where vocabularies differ or nothing is there."""
     if text:
-        with open(text, "rb") as f:
-            content = decode(f.read())
+        content = read_text(text)
         if not content.strip():
             raise ValueError(f"{text} is empty: there is nothing to score")
         return [tokens.Text([encoding.eot_token, *encoding.encode_ordinary(content)])], text
@@ -55,11 +54,13 @@ def evaluate(run, where, autocast):
         folder = find_checkpoint(run)
         encoding = tokens.load_tokenizer(folder)
         model = GPT.from_pretrained(folder, where)
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{folder}: its tokenizer has {encoding.n_vocab} ids, more than the {model.config.vocab_size} of its model's vocabulary")
         streams, name = streams_for(run, folder, encoding)
         size = block_size or model.config.block_size
         if size > model.config.block_size:
             raise ValueError(f"block_size={size} is more than the {model.config.block_size} that {run} was made for")
-        if stride < 0 or stride > size:
+        if stride > size:
             raise ValueError(f"stride={stride} must lie between 1 and block_size={size}, or tokens would go unscored")
         if min(len(s) for s in streams) < 2:
             raise ValueError(f"{name} is too short: there is nothing to score")
@@ -76,17 +77,24 @@ def main():
     runs, _ = config.apply(globals(), files=False)
     if not runs:
         config.fail("name at least one model: a run (out/…), a step folder, a Hugging Face folder or hub name")
+    for name in ("batch_size", "eval_tokens", "block_size", "stride"):
+        if globals()[name] < 0:
+            config.fail(f"{name} must be 0 or more, not {globals()[name]}")
     with config.user_errors():
         where, number_type, _ = pick_device(device, dtype)
+        for run in runs:  # a slip in the last name must not cost the figures of the first
+            find_checkpoint(run)
     autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
-    results = [evaluate(run, where, autocast) for run in runs]
-    width = max(10, *(len(r["run"]) for r in results))
-    print(f"{'model':{width}} {'parameters':>13} {'targets':>11} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'accuracy':>9} {'seconds':>8}")
-    for r in results:
+    width, results = max(10, *map(len, runs)), []
+    for run in runs:
+        r = evaluate(run, where, autocast)
+        if not results:
+            print(f"{'model':{width}} {'parameters':>13} {'targets':>11} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'accuracy':>9} {'seconds':>8}")
         print(
             f"{r['run']:{width}} {r['parameters']:>13,} {r['targets']:>11,} {r['loss']:>8.4f} {r['perplexity']:>11.3f} "
             f"{r['bits_per_byte']:>10.4f} {r['accuracy']:>9.4f} {r['seconds']:>8.1f}"
         )
+        results.append(r)
     print(f"scored on {', '.join(dict.fromkeys(r['scored'] for r in results))}")
     if json:
         config.write_json(json, results)

@@ -48,8 +48,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, not {self.block_size}")
         if self.n_kv_head is None:
@@ -313,8 +313,8 @@ class GPT(nn.Module):
             state = {}
             for file in sorted(glob.glob(os.path.join(folder, "model*.safetensors"))):  # one, or a big model's several
                 state.update(load_file(file))
-        except (SafetensorError, json.JSONDecodeError, KeyError, FileNotFoundError) as e:
-            raise ValueError(f"{folder} is damaged or no model: {e}") from e
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as e:
+            raise ValueError(f"{folder} is damaged or no model: {type(e).__name__} {e}") from e
         if config.architecture() == "gpt2":
             state = from_gpt2(state)
         if config.tie_embeddings:
@@ -447,12 +447,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def pick_device(device="auto", dtype="auto"):
     """The torch.device, torch.dtype and compile default for settings `device` (auto, cpu, cuda, cuda:1, mps) and `dtype`. Raises ValueError."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k in DEVICES if there[k]) if device == "auto" else device.split(":")[0]
+    kind = next(k for k in DEVICES if there[k]) if device == "auto" else "cuda" if re.fullmatch(r"cuda:\d+", device) else device
     if kind not in DEVICES:
         raise ValueError(f"device must be auto or one of {', '.join(DEVICES)}, not {device!r}")
     if not there[kind]:
         raise ValueError(f"device={device}, but this torch {torch.__version__} finds no such device here; use --device=cpu, or install a torch that does")
-    if device.startswith("cuda:") and not (device[5:].isdigit() and int(device[5:]) < torch.cuda.device_count()):
+    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
         raise ValueError(f"device={device}, but there are {torch.cuda.device_count()} GPUs, numbered from 0")
     number, compiled = DEVICES[kind]
     if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -527,6 +527,8 @@ def write_hf_config(c):
 
 def read_hf_config(d):
     """The GPTConfig of a config.json's content. Raises ValueError for an architecture or option that model.py does not compute."""
+    if not isinstance(d, dict):
+        raise ValueError(f"config.json is damaged: it holds {d!r}, no settings of a model")
     kind = d.get("model_type")
     if kind == "daygpt":
         return GPTConfig(**{f.name: d[f.name] for f in fields(GPTConfig)})

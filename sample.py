@@ -17,7 +17,7 @@ import torch
 import config
 import tokens
 from model import GPT, Growing, find_checkpoint, pick_device
-from text import decode
+from text import read_text
 
 # What to continue
 prompt = ""  # empty: the start of a document
@@ -64,6 +64,7 @@ def filter_logits(logits, sequences, temperature, top_k, top_p, min_p, repetitio
     return logits
 
 
+@torch.inference_mode()
 def beam_search(model, ids, width, max_new_tokens, end, known):
     """The continuation (list of ids) with the highest mean log-probability that a beam search of this width finds."""
     growing, scores, finished = Growing(model, [ids], max_new_tokens), torch.zeros(1), []
@@ -75,8 +76,10 @@ def beam_search(model, ids, width, max_new_tokens, end, known):
             row, token = divmod(flat, logits.size(-1))
             if total == -torch.inf:
                 continue
-            if token == end:
+            if token == end and len(rows) < width:
                 finished.append((total / length, growing.sequences[row][len(ids) :]))
+            elif token == end:
+                continue  # an end that is not among the best: others would have to be worse
             elif len(rows) < width:
                 rows.append(row), ids_.append(token), kept.append(total)
         if not rows or (len(finished) >= width and max(finished)[0] >= kept[0] / length):
@@ -163,6 +166,9 @@ def main():
     for name, good, wanted in bounds:
         if not good:
             config.fail(f"{name} must be {wanted}, not {globals()[name]}")
+    if isinstance(stop, list) and not all(isinstance(s, str) for s in stop):
+        config.fail(f"stop must be a string or a list of strings, not {stop!r}")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters shows question marks
     if beams and num_samples > 1:
         config.fail(f"beam search gives the one best continuation: leave out beams={beams} or num_samples={num_samples}")
     with config.user_errors():
@@ -170,10 +176,11 @@ def main():
         folder = find_checkpoint(runs[0])
         encoding = tokens.load_tokenizer(folder)
         model = GPT.from_pretrained(folder, where).eval()
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{folder}: its tokenizer has {encoding.n_vocab} ids, more than the {model.config.vocab_size} of its model's vocabulary")
         beginning = prompt
         if prompt_file:
-            with open(prompt_file, "rb") as f:
-                beginning = decode(f.read())
+            beginning = read_text(prompt_file)
     autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
     known = torch.zeros(model.config.vocab_size, dtype=torch.bool)  # ids that stand for something: a padded vocabulary has more
     known[[i for i, token in enumerate(tokens.token_bytes(encoding)) if token is not None]] = True

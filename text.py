@@ -44,6 +44,15 @@ def decode(data):
         raise BadDocument("not UTF-8") from e
 
 
+def read_text(path):
+    """The text of a UTF-8 file. Raises ValueError, OSError."""
+    with open(path, "rb") as f:
+        try:
+            return decode(f.read())
+        except BadDocument as e:
+            raise ValueError(f"{path}: {e}; convert it first, such as by iconv") from e
+
+
 def extract(kind, data, text_key="text", html=False):
     """The text of one record of `records`, tags and entities taken out of HTML (with html=True of every document). Raises BadDocument."""
     if kind == "broken":

@@ -167,6 +167,7 @@ def test_without_config_files_arguments_are_inputs_in_order(toy):
         ("--data=data/b", "data/b"),
         ("--data={'data/a': 0.7, 'data/b': 0.3}", {"data/a": 0.7, "data/b": 0.3}),
         ("--every=500", 500),
+        ("--every=1e3", 1000),
         ("--every=30s", "30s"),
         ("--resume", True),
         ("--compile", True),

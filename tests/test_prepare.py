@@ -184,10 +184,13 @@ def test_the_data_set_can_be_read_as_batches(many):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
 def test_the_number_of_workers_does_not_change_a_byte(many, corpus, tokenizer):
-    inputs = (many[0] / "many.jsonl", corpus[0], f"--tokenizer={tokenizer}", "--val_fraction=0.3")
+    numbers = write_jsonl("numbers.jsonl", [f"number {i}" for i in range(6000)])  # more than the workers take at once
+    inputs = (numbers, many[0] / "many.jsonl", corpus[0], f"--tokenizer={tokenizer}", "--val_fraction=0.3")
     prepared(*inputs, "--out=one", "--workers=1")
     prepared(*inputs, "--out=two", "--workers=2")
     assert content_of("one") == content_of("two")
+    found = [int(d[7:]) for d in documents("one", "train") if d.startswith("number ")]
+    assert found == sorted(found) and len(found) > 4000
 
 
 def test_duplicates_stay_where_asked(many):
@@ -495,6 +498,14 @@ def test_overwrite_never_takes_away_what_is_no_data_set():
     done = prepare("data/mine", "--overwrite")  # whose default for out is data/mine
     assert os.path.exists("data/mine/a.txt") and os.path.exists("data/mine/sub/b.txt"), "the corpus is gone"
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_overwrite_never_takes_away_its_own_inputs():
+    open("a.txt", "w").write(story(1))
+    prepared("a.txt", "--out=out")
+    os.rename("a.txt", "out/a.txt")
+    done = prepare("out/a.txt", "--out=out", "--overwrite")
+    assert os.path.exists("out/a.txt") and done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_a_failed_overwrite_leaves_the_old_data_set():

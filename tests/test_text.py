@@ -58,8 +58,7 @@ def test_what_is_clean_stays(content):
         ("a\x00b\x07c\x1b[31md\x7fe\x85f\x9fg", "abc[31mdefg"),
         ("a\x01 \nb", "a\nb"),
         ("a\x0c\nb\x0b", "a\nb"),
-        ("half \ud83d and \ude00 and whole \ud83d\ude00", "half \ufffd and \ufffd and whole 😀"),
-        ("\ude00\ud83d", "\ufffd\ufffd"),
+        ("x" + " " * 2_000_000 + "y\n" + "\t" * 1500, "x" + " " * 1000 + "y\n"),
     ],
 )
 def test_what_is_not_clean_is_mended(content, cleaned):
@@ -67,23 +66,21 @@ def test_what_is_not_clean_is_mended(content, cleaned):
 
 
 def test_every_control_character_but_tab_and_line_feed_goes():
-    everything = [chr(c) for c in (*range(0x3100), *range(0xD7F0, 0xE010))]
+    everything = [chr(c) for c in range(0x3100)]
     kept = set(clean("x".join(["", *everything, ""])))
     assert {c for c in kept if unicodedata.category(c) == "Cc"} == {"\t", "\n"}
-    assert not any(unicodedata.category(c) == "Cs" for c in kept)
     assert "".join(clean(f"x{c}x") for c in " \t\u00a0\u200b\u2028") == "x xx\txx\u00a0xx\u200bxx\u2028x"
 
 
 def test_what_is_cleaned_is_clean_and_stays_so():
     chance = random.Random(0)
     for _ in range(5000):
-        content = "".join(chance.choices(" \t\n\n\n\r\x00\x0b\x0c\x85\u00a0\u2000\u2028\u3000aé", k=12) + chance.choices("e\u0301\u0300\u0323A\u030a\ud83d\ude00\ufeff \n", k=8))
+        content = "".join(chance.choices(" \t\n\n\n\r\x00\x0b\x0c\x85\u00a0\u2000\u2028\u3000aé", k=12) + chance.choices("e\u0301\u0300\u0323A\u030a😀\ufeff \n", k=8))
         content = "".join(chance.sample(content, len(content)))
         once = clean(content)
         assert clean(once) == once
         assert unicodedata.is_normalized("NFC", once) and "\n\n\n\n" not in once
         assert not any(line != line.rstrip() for line in once.split("\n")) and not once.startswith("\n") and not once.endswith("\n\n")
-        once.encode()
 
 
 def test_every_module_of_the_standard_library_still_parses():
@@ -107,7 +104,7 @@ def test_every_module_of_the_standard_library_still_parses():
     assert not broken and changed > 10 and len(prepare.standard_library()) > 300
 
 
-@pytest.mark.parametrize("blanks", [" ", "\t", "\u3000", "\r", " \n", "\n", "\x00", "\u0301", "\ud800"])
+@pytest.mark.parametrize("blanks", [" ", "\t", "\u3000", "\r", " \n", "\n", "\x00", "\u0301"])
 def test_a_long_run_costs_time_in_proportion(blanks):
     begun = time.process_time()
     clean("x" + blanks * 10_000 + "y")
@@ -196,6 +193,21 @@ def test_the_text_of_a_json_line_stands_under_a_key():
     line = '\ufeff{"id": 1, "text": "tëxt", "body": "b"}'.encode()
     assert extract("json", line) == "tëxt" and extract("json", line, text_key="body") == "b"
     assert extract("json", b'{"text": ""}') == "" and extract("json", b'{"text": "\\ud83d\\ude00"}') == "😀"
+
+
+@pytest.mark.parametrize(
+    "spelled, content",
+    [
+        (r"\ud83d\ude00", "😀"),
+        (r"half \ud83d and \ude00 and whole \ud83d\ude00", "half \ufffd and \ufffd and whole 😀"),
+        (r"\ude00\ud83d", "\ufffd\ufffd"),
+        (r"\ud83d\ud83d\ude00\ude00", "\ufffd😀\ufffd"),
+        (r"\ufffd \ufeff \u0000", "\ufffd \ufeff \x00"),
+    ],
+)
+def test_halves_of_surrogate_pairs_are_replaced(spelled, content):
+    assert extract("json", b'{"text": "%s"}' % spelled.encode()) == content
+    clean(content).encode()
 
 
 @pytest.mark.parametrize(

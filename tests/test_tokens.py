@@ -27,6 +27,7 @@ needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers")
 
 SAMPLES = {
     "nothing": "",
+    "words": "abc xabc abcabc abcd the, the theme",
     "English": "The quick brown fox's tail — \"don't,\" I'LL say; we'Ve 12345 and 67.89 in the U.S.A. naïve café",
     "code": "def f(x):\n    if x:\n\t\treturn [i**2 for i in range(10)]\n\n\n# a comment\nclass A_b: pass\r\n",
     "Chinese": "第一回　甄士隐梦幻识通灵，贾雨村风尘怀闺秀。\n\n　　列位看官：你道此书从何而来？",
@@ -46,8 +47,11 @@ def trained():
     return tokens.train_tokenizer([*texts, *[SAMPLES[name] for name in SAMPLES if name != "long"] * 20], 1500)
 
 
-@pytest.fixture(params=["bytes", "trained", pytest.param("gpt2", marks=needs_gpt2)])
+@pytest.fixture(params=["bytes", "trained", "whole words", pytest.param("gpt2", marks=needs_gpt2)])
 def encoding(request, trained):
+    if request.param == "whole words":  # tokens that no merges lead to, as some vocabularies of tiktoken have them
+        ranks = {**{bytes([i]): i for i in range(256)}, b"abc": 256, b" the": 257, b" th": 258, b"bcd": 259}
+        return tiktoken.Encoding("words", pat_str=tokens.GPT2, mergeable_ranks=ranks, special_tokens={END: 260})
     return trained if request.param == "trained" else get_tokenizer(request.param)
 
 
@@ -229,7 +233,7 @@ def foreign(folder, model="BPE", pre=None, normalizer=None, special=(END,), text
     theirs.pre_tokenizer = pre(lib) if pre else lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
     if normalizer:
         theirs.normalizer = normalizer(lib)
-    theirs.train_from_iterator([*list(SAMPLES.values())[1:5] * 5, *text], getattr(lib.trainers, f"{model}Trainer".replace("BPE", "Bpe"))(**size, **alphabet, **options))
+    theirs.train_from_iterator([*list(SAMPLES.values())[1:6] * 5, *text], getattr(lib.trainers, f"{model}Trainer".replace("BPE", "Bpe"))(**size, **alphabet, **options))
     theirs.save(str(folder / "tokenizer.json"))
     return theirs, str(folder)
 
@@ -652,10 +656,9 @@ def own():  # bytes that belong to this process alone
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
 
-folder, block = sys.argv[1], 16384
+folder, block, before = sys.argv[1], 16384, own()
 batches, most, total = tokens.Batches(folder, block, 0), 0, 0
 stream = tokens.Stream(folder, "train")
-before = own()
 for i in range(0, len(stream) // block, 4):
     total += batches.get(i, min(4, len(stream) // block - i))[0].size
     most = max(most, own())

@@ -415,8 +415,9 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_one_to_the_last_bit(run, 
 def test_a_signal_saves_and_leaves_and_resume_goes_on(run, straight, tmp_path, number, code):
     told = run(tmp_path, at=("os.rename", "step-000020", 1, number))
     assert told.code == code and told.stderr == ""
-    assert told.stdout.endswith("told to stop: saved step 21; go on with --resume\n")
-    assert "resumed" in good(resumed := run(tmp_path, resume=True)).stdout
+    assert told.stdout.endswith("told to stop: saved step 21; go on with --resume\n") and trainer(told, 21)["step"] == 21
+    resumed = good(run(tmp_path, resume=True))
+    assert f"resumed {resumed.out} at step 21" in resumed.stdout
     equal(resumed, straight())
 
 
@@ -430,7 +431,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(run, tmp_path):
     assert json.loads((tmp_path / "figures.json").read_text())["best"]["step"] == 0
 
 
-@pytest.mark.parametrize("file, size", [("model.safetensors", 0.5), ("trainer.safetensors", 0.9), ("trainer.json", 0.5), ("config.json", 0), ("model.safetensors", 0)])
+@pytest.mark.parametrize("file, size", [("model.safetensors", 0.5), ("trainer.safetensors", 0), ("trainer.json", 0.5)])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, straight, tmp_path, file, size):
     shutil.copytree(straight().out, tmp_path / "run")
     path = tmp_path / "run/step-000060" / file
@@ -455,7 +456,8 @@ def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(run, straight,
 
 
 def test_resume_starts_an_absent_run(run, straight, tmp_path):
-    equal(good(run(tmp_path, resume=True)), straight())
+    begun = good(run(tmp_path, resume=True, max_steps=2))
+    assert values(begun, "loss") == values(straight(), "loss")[:2] and run_steps(str(begun.out))
 
 
 def test_resume_of_a_finished_run_says_so(run, straight, tmp_path):
@@ -520,28 +522,35 @@ def grow_head(model):
     model.lm_head.weight *= 10_000  # its gradient overflows in float16 at the scaler's first scales
 
 
-def test_float16_leaves_out_a_step_that_overflows_and_goes_on(run, tmp_path):
-    begin = write_model(tmp_path / "model", grow_head)
-    result = good(run(tmp_path, dtype="float16", init_from=begin, optimizer="adamw", learning_rate=0.001, max_steps=30))
-    norms = values(result, "grad_norm")
+@pytest.fixture(scope="module")
+def half(run, tmp_path_factory):
+    """A float16 run that overflows at first."""
+    folder = tmp_path_factory.mktemp("half")
+    begin = write_model(folder / "model", grow_head)
+    settings = {"dtype": "float16", "init_from": begin, "optimizer": "adamw", "learning_rate": 0.001, "max_steps": 25, "eval_interval": 25}
+    return good(run(folder, **settings))
+
+
+def test_float16_leaves_out_a_step_that_overflows_and_goes_on(half):
+    norms, seen = values(half, "grad_norm"), values(half, "loss")
     overflows = sum(not math.isfinite(norm) for norm in norms)
     assert not math.isfinite(norms[0]) and overflows < 20 and math.isfinite(norms[-1])
-    assert trainer(result, 30)["scaler"]["scale"] == 2 ** (16 - overflows)
-    assert all(map(math.isfinite, values(result, "loss"))) and values(result, "loss")[-1] < values(result, "loss")[0]
-    assert all(p.isfinite().all() for p in weights(result, 30).values())
-
-    first = good(run(tmp_path, dtype="float16", init_from=begin, optimizer="adamw", out=tmp_path / "first", max_steps=1))
-    assert same(load_file(tmp_path / "first/step-000001/model.safetensors"), load_file(begin / "model.safetensors")), first.stdout
+    assert trainer(half, 25)["scaler"]["scale"] == 2 ** (16 - overflows)
+    assert all(map(math.isfinite, seen)) and seen[-1] < seen[0]
+    assert all(p.isfinite().all() for p in weights(half, 25).values())
 
 
-def test_a_resumed_float16_run_has_its_scale(run, tmp_path):
-    begin = write_model(tmp_path / "model", grow_head)
-    settings = {"dtype": "float16", "init_from": begin, "optimizer": "adamw", "max_steps": 30, "eval_interval": 30}
-    whole = good(run(tmp_path, out=tmp_path / "whole", **settings))
-    assert run(tmp_path, **settings, at=("os.rename", "step-000020", 1, signal.SIGKILL)).code == -signal.SIGKILL
-    resumed = good(run(tmp_path, **settings, resume=True))
-    whole.out = tmp_path / "whole"
-    assert same(weights(resumed, 30), weights(whole, 30)) and trainer(resumed, 30)["scaler"] == trainer(whole, 30)["scaler"]
+def test_a_step_that_overflows_changes_no_weight(run, half, tmp_path):
+    first = good(run(tmp_path, **half.settings | {"max_steps": 1}))
+    assert same(weights(first, 1), load_file(half.out.parent / "model/model.safetensors"))
+
+
+def test_a_resumed_float16_run_has_its_scale(run, half, tmp_path):
+    shutil.copytree(half.out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/step-000025")
+    resumed = good(run(tmp_path, **half.settings, resume=True))
+    assert "at step 20" in resumed.stdout and same(weights(resumed, 25), weights(half, 25))
+    assert trainer(resumed, 25)["scaler"] == trainer(half, 25)["scaler"]
 
 
 def test_a_run_resumes_in_another_number_type(run, straight, tmp_path):
@@ -588,9 +597,10 @@ def test_checkpoints_come_at_times(run, tmp_path):
 # ---- Evaluation ----
 
 
-def test_evaluating_ten_times_as_often_changes_no_weight(run, straight, tmp_path):
-    often = good(run(tmp_path, eval_interval=6, sample_tokens=40, sample_prompt="the cat"))
-    assert len(values(often, "val_loss")) == 11 and often.stdout.count("  | the cat") == 11
+@pytest.mark.parametrize("eval_interval, sample_tokens", [(6, 40), (20, 0)])
+def test_evaluating_ten_times_as_often_changes_no_weight(run, straight, tmp_path, eval_interval, sample_tokens):
+    often = good(run(tmp_path, eval_interval=eval_interval, sample_tokens=sample_tokens, sample_prompt="the cat"))
+    assert len(values(often, "val_loss")) == 60 // eval_interval + 1 == (often.stdout.count("  | the cat") or 4)
     assert same(weights(often, 60), weights(straight(), 60)) and same(state(often, 60), state(straight(), 60))
     assert values(often, "loss") == values(straight(), "loss")
 
