@@ -282,8 +282,8 @@ def read_metrics(step):
 def summary(model, rows, best, peak):
     """The run's final figures, for --json, and their one line."""
     done = [r for r in rows if r["val_loss"]][-1]
-    rate = statistics.median(float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"])
-    memory = max(int(r["memory"]) for r in rows if r["memory"])
+    rate = statistics.median([float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"]] or [math.nan])
+    memory = max((int(r["memory"]) for r in rows if r["memory"]), default=0)
     result = {
         "parameters": model.count_parameters(), "steps": int(done["step"]), "tokens": int(done["tokens"]), "seconds": float(done["seconds"]),
         "val_loss": float(done["val_loss"]), "val_bpb": float(done["val_bpb"]), "best": best, "tokens_per_second": rate,
@@ -357,9 +357,15 @@ def main():
         for name, choices in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "trapezoid", "constant"))):
             if globals()[name] not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
-        for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
-            if globals()[name] < 1:
-                raise ValueError(f"{name} must be at least 1, not {globals()[name]}")
+        at_least = dict.fromkeys(("max_steps", "batch_tokens", "eval_interval", "log_interval"), 1)
+        at_least |= dict.fromkeys(("batch_size", "eval_tokens", "patience", "sample_tokens", "warmup_steps", "weight_decay", "grad_clip"), 0)
+        at_least |= dict.fromkeys(("min_lr", "beta1", "beta2", "learning_rate", "embed_lr", "head_lr"), 0)
+        for name, least in at_least.items():
+            value = globals()[name]
+            if value is not None and not (value >= least and (value < 1 or "beta" not in name) and (value > 0 or name not in ("learning_rate", "embed_lr", "head_lr"))):
+                raise ValueError(f"{name}={value} makes no sense; see --help")
+        if not data:
+            raise ValueError("data names no data set; see --help")
         begun = os.path.exists(os.path.join(out, "config.py")) or bool(run_steps(out))
         if begun and first and not resume:
             raise ValueError(f"{out} holds a run already; go on with it by --resume, or write to another --out")
@@ -441,7 +447,7 @@ def main():
             return
     autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
     scaler = torch.amp.GradScaler(where.type, enabled=number_type == torch.float16)
-    if loaded and scaler.is_enabled():
+    if loaded and scaler.is_enabled() and trainer["scaler"]:
         scaler.load_state_dict(trainer["scaler"])
 
     def get_batch(micro_first, count):
@@ -588,7 +594,7 @@ def main():
                 metrics.flush()
                 draw_curve(rows)
                 say(f"step {step:>6}  val loss {val['loss']:.4f}  {val['bits_per_byte']:.4f} bits per byte  accuracy {val['accuracy']:.3f}" + "  best" * better)
-                if sample_tokens:
+                if sample_tokens and math.isfinite(val["loss"]):
                     say("  | " + sample().strip("\n").replace("\n", "\n  | "))
             continue  # patience may have run out: look again
         if finished:
@@ -664,7 +670,7 @@ def main():
         result, line = summary(model, rows, best, peak)
         if json:
             config.write_json(json, result)
-        if best["step"] != step:
+        if best.get("step", step) != step:
             say(f"the best is step {best['step']}: val loss {best['val_loss']:.4f}")
         say(line)
     if ddp:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tokens
-from model import GPT, IGNORE, GPTConfig, context_start, figures, find_checkpoint, pick_device, score
+from model import GPT, IGNORE, GPTConfig, Growing, KVCache, context_start, figures, find_checkpoint, pick_device, score
 
 SMALL = {"block_size": 32, "vocab_size": 67, "n_layer": 2, "n_head": 4, "n_embd": 32}
 GPT2 = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "qk_norm": False, "tie_embeddings": True}
@@ -339,7 +339,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_a_run_means_its_best_checkpoint_or_its_newest(tmp_path):
-    for step in (5, 10, 1_000_000):
+    for step in (5, 10, 999_999, 1_000_000):
         make(step).save_pretrained(tmp_path / f"step-{step:06d}")
     (tmp_path / "step-000010.old").mkdir()
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "step-1000000")
@@ -510,8 +510,26 @@ def test_the_cache_works_in_bfloat16(settings):
 
         with torch.autocast("cpu", torch.bfloat16):
             list(model.generate([[1, 2, 3], [4]], 40, pick, use_cache))
+            growing = Growing(model, [[1]], 1, use_cache)
+            growing.logits()
+            assert growing.cache.k.dtype == torch.bfloat16 if use_cache else growing.cache is None
     a, b = torch.stack(logits[True]), torch.stack(logits[False])
     assert a.dtype == torch.float32 and (a - b).pow(2).mean().sqrt() < 0.02 * b.std()
+
+
+def test_a_cache_may_be_filled_in_pieces():
+    x = ids(2, 20)
+    for settings in (GROUPED, GPT2):
+        model = make(**settings)
+        cache = KVCache(model.config, 2, 32, "cpu", torch.float32)
+        with torch.no_grad():
+            expected = model.hidden(x)
+            pieces = [model.hidden(piece, cache) for piece in x.split([5, 1, 11, 3], 1)]
+            assert closest(torch.cat(pieces, 1), expected) < 1e-4
+            cache.lengths = [12, 7]  # and taken back, each row to a place of its own
+            again = model.hidden(torch.stack([x[0, 12:18], x[1, 7:13]]), cache)
+            assert closest(again[0], expected[0, 12:18]) < 1e-4 and closest(again[1], expected[1, 7:13]) < 1e-4
+            assert cache.lengths == [18, 13]
 
 
 def test_pick_sees_each_sequence_and_decides():

@@ -571,6 +571,21 @@ def test_a_killed_run_leaves_nothing_under_the_final_name():
     assert sorted(os.listdir()) == ["a.jsonl", "out"] and meta("out")["cleaning"]["read"] == 1
 
 
+@pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"), reason="finds the worker in /proc")
+def test_a_run_whose_worker_dies_ends_and_leaves_nothing():
+    write_jsonl("a.jsonl", [f"{i} {LONG}" for i in range(4000)])
+    process = start("a.jsonl", "--out=out", "--tokenizer=bytes", "--workers=1")
+    try:
+        wait_for(lambda: glob.glob("out*/train_*"))
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+            os.kill(int(f.read().split()[0]), signal.SIGKILL)  # as where memory runs out
+        _, stderr = process.communicate(timeout=15)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 2 and "Traceback" not in stderr and os.listdir() == ["a.jsonl"]
+
+
 def test_ctrl_c_leaves_nothing():
     write_jsonl("a.jsonl", [f"{i} {LONG}" for i in range(4000)])
     process = start("a.jsonl", "--out=out", "--tokenizer=bytes", "--workers=1")
