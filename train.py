@@ -41,9 +41,9 @@ seed = 1337  # of weights, batches and dropout
 block_size = 256  # tokens of context
 vocab_size: int | None = None  # None: the data's; a multiple of 64 above it is faster on GPUs
 n_layer = 4
-n_head = 4
+n_head = 3
 n_kv_head: int | None = None  # heads of keys and values; None: n_head
-n_embd = 256
+n_embd = 192
 head_dim: int | None = None  # None: n_embd / n_head
 intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd for swiglu, 4 n_embd for gelu
 dropout = 0.0  # 0 for pre-training on much data; 0.1 and more where epochs are many
@@ -57,8 +57,8 @@ rope_theta = 10000.0
 norm_eps: float | None = None  # None: 1e-6 for rms, 1e-5 for layer
 init_from = ""  # a run, a step folder, a Hugging Face folder or hub name (gpt2) to start from; its sizes then hold
 # Length and batch
-max_steps = 1000  # optimizer steps
-batch_tokens = 8192  # tokens in a step, over all processes and micro-steps
+max_steps = 600  # optimizer steps
+batch_tokens = 2048  # tokens in a step, over all processes and micro-steps
 batch_size = 0  # sequences of one process in a micro-step; 0: as many as memory bears
 # Optimizer
 optimizer = "muon"  # muon for the matrices with adamw for the rest, or adamw for all
@@ -73,7 +73,7 @@ beta1 = 0.9  # AdamW's
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: off
 # Evaluation, logs and checkpoints
-eval_interval = 250  # steps between evaluations
+eval_interval = 150  # steps between evaluations
 eval_tokens = 0  # targets of the validation split to score, from its start; 0: all
 patience = 0  # evaluations without a better val_loss after which to stop; 0: off
 log_interval = 10  # steps between lines

@@ -14,6 +14,7 @@ n_embd = 64 * n_layer
 n_head = n_embd // 128
 batch_tokens = 256 * block_size  # 0.5 M
 max_steps = 10_000_000_000 // batch_tokens
+learning_rate = 0.02
 schedule = "trapezoid"
 warmup_steps = 40
 head_lr = 0.004

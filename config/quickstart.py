@@ -6,7 +6,11 @@
 data = "data/python"
 block_size = 256
 n_layer = 4
-n_head = 4
-n_embd = 256
-batch_tokens = 32 * block_size
-max_steps = 100
+n_head = 3
+n_embd = 64 * n_head
+batch_tokens = 8 * block_size
+max_steps = 600  # 1.2 M tokens: a third of an epoch
+learning_rate = 0.04
+eval_interval = 150
+sample_prompt = "def "
+sample_tokens = 150

@@ -13,5 +13,5 @@ tie_embeddings = False
 batch_tokens = 24 * block_size
 max_steps = 1000
 eval_interval = 200
-warmup_steps = 10
+learning_rate = 0.04
 sample_tokens = 300

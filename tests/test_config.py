@@ -58,7 +58,7 @@ def apply(namespace, *argv):
 
 def script(path, *argv, **env):
     """Run a script as a process of its own."""
-    env = {**os.environ, "PYTHONPATH": REPO, **env}
+    env = {**os.environ, "PYTHONPATH": REPO + os.pathsep + os.environ.get("PYTHONPATH", ""), **env}
     return subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, encoding="utf-8", env=env, timeout=120)
 
 

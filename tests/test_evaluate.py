@@ -174,7 +174,7 @@ def other_data(tmp_path_factory, process):
         (["RUN", "--text=TMP/latin.txt"], "UTF-8"),
         (["RUN", "--stride=33"], "stride=33 must lie between 1 and block_size=32"),
         (["RUN", "--stride=20", "--block_size=16"], "stride=20 must lie between 1 and block_size=16"),
-        (["RUN", "--stride=-1"], "stride=-1"),
+        (["RUN", "--stride=-1"], "stride must be 0 or more, not -1"),
         (["RUN", "--block_size=33"], "block_size=33 is more than the 32"),
         (["RUN", "--block_size=-4"], "block_size"),
         (["RUN", "--batch_size=-1"], "batch_size"),

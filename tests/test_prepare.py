@@ -125,8 +125,8 @@ def corpus(tmp_path_factory):
     }
     for name, data in write.items():
         (root / name).write_bytes(data)
-    texts = ["First, with a mark.\n\n\n  Indented\nend\n", "# Häading\n\n* item\n", "def f():\n\treturn 1\n", "zipped café", "line one", "line 二 🤖"]
-    return str(root), [*texts, "<|endoftext|> is <b>text</b> &amp; stays", "deepest"]
+    texts = ["First, with a mark.\n\n\n  Indented\nend\n", "# Häading\n\n* item\n", "def f():\n\treturn 1\n", "zipped café", "line one"]
+    return str(root), [*texts, "line 二 🤖", "<|endoftext|> is <b>text</b> &amp; stays", "deepest"]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,8 @@ def many(tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     texts = [story(i) for i in range(150)]
     write_jsonl(root / "many.jsonl", [*texts, texts[3].replace("\n", " \t\n") + "  ", texts[77].replace("\n", "\r\n")])
-    done = prepared(root / "many.jsonl", f"--out={root / 'out'}", "--tokenizer=train:300", "--val_fraction=0.2", "--shard_tokens=5000", f"--json={root / 'figures' / 'f.json'}")
+    settings = ("--tokenizer=train:300", "--val_fraction=0.2", "--shard_tokens=5000", f"--json={root / 'figures' / 'f.json'}")
+    done = prepared(root / "many.jsonl", f"--out={root / 'out'}", *settings)
     return root, texts, done
 
 
@@ -170,7 +171,8 @@ def test_meta_json_has_the_figures(many):
         for shard in m["shards"][split]:
             path = root / "out" / shard["file"]
             assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"] and len(np.load(path)) == shard["tokens"] <= 5000
-    assert sorted(os.listdir(root / "out")) == sorted(["meta.json", "tokenizer.tiktoken", *(s["file"] for split in m["shards"].values() for s in split)])
+    files = [shard["file"] for shards in m["shards"].values() for shard in shards]
+    assert sorted(os.listdir(root / "out")) == sorted(["meta.json", "tokenizer.tiktoken", *files])
     assert json.load(open(root / "figures" / "f.json")) == m and "152 documents read, 150 kept; dropped: 2 duplicate" in done.stdout
     lengths = tokens.byte_lengths(tokens.load_tokenizer(str(root / "out")))
     assert lengths[ids(root / "out", "val")].sum() == m["splits"]["val"]["bytes"]
@@ -230,7 +232,8 @@ def test_html_without_its_library_ends_with_the_line_that_names_the_install():
     open("a.html", "w").write("<p>x")
     os.mkdir("absent")
     open("absent/resiliparse.py", "w").write("raise ImportError")
-    line = refused("a.html", "--out=out", env={**os.environ, "PYTHONPATH": os.path.abspath("absent")})
+    path = os.path.abspath("absent") + os.pathsep + os.environ.get("PYTHONPATH", "")
+    line = refused("a.html", "--out=out", env={**os.environ, "PYTHONPATH": path})
     assert "pip install resiliparse" in line and not os.path.exists("out")
 
 
@@ -517,7 +520,10 @@ def test_a_failed_overwrite_leaves_the_old_data_set():
     assert content_of("out") == before and sorted(os.listdir()) == ["a.jsonl", "a.txt", "out"]
 
 
-@pytest.mark.parametrize("name, folder", [("my book.part1.txt", "data/my book"), ("wiki.jsonl.gz", "data/wiki"), ("corpus/", "data/corpus"), ("sub/../corpus", "data/corpus")])
+@pytest.mark.parametrize(
+    "name, folder",
+    [("my book.part1.txt", "data/my book"), ("wiki.jsonl.gz", "data/wiki"), ("corpus/", "data/corpus"), ("sub/../corpus", "data/corpus")],
+)
 def test_the_first_input_names_the_folder(name, folder):
     os.makedirs("corpus")
     os.makedirs("sub")

@@ -257,8 +257,8 @@ def test_beam_search_answers_like_its_function(trained, command):
 
 def test_text_streams_out_of_the_process(trained):
     arguments = [sys.executable, ROOT / "sample.py", trained, "--prompt=the", "--max_new_tokens=600", "--cache=False", *CPU]
-    reads = []
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    environment, reads = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, []
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as child:
         while data := os.read(child.stdout.fileno(), 2**16):
             reads.append((data, child.poll() is None))
     assert child.returncode == 0

@@ -21,8 +21,11 @@ REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(REPO, "..", "shared", "data")
 if os.path.isdir(SHARED):
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.abspath(os.path.join(SHARED, "tiktoken_cache")))
-CACHED = os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe").hexdigest())
-needs_gpt2 = pytest.mark.skipif(not os.path.exists(CACHED), reason="the gpt2 vocabulary is not in tiktoken's cache")
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # where tiktoken fetches gpt2; it caches by the address's hash
+MERGES, VOCABULARY = (
+    os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), hashlib.sha1((URL + name).encode()).hexdigest()) for name in ("vocab.bpe", "encoder.json")
+)
+needs_gpt2 = pytest.mark.skipif(not os.path.exists(MERGES), reason="the gpt2 vocabulary is not in tiktoken's cache")
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is the reference")
 
 SAMPLES = {
@@ -116,7 +119,9 @@ def test_a_short_text_gives_a_smaller_vocabulary_and_a_small_size_is_refused():
         tokens.train_tokenizer(["abab"], 264)
 
 
-@pytest.mark.parametrize("name, hint", [("gpt3", "did you mean gpt2?"), ("byte", "did you mean bytes?"), ("o200k", "did you mean o200k_base?"), ("qqqq", "train:4096")])
+@pytest.mark.parametrize(
+    "name, hint", [("gpt3", "did you mean gpt2?"), ("byte", "did you mean bytes?"), ("o200k", "did you mean o200k_base?"), ("qqqq", "train:4096")]
+)
 def test_an_unknown_tokenizer_is_refused_with_a_hint(name, hint):
     with pytest.raises(ValueError) as e:
         get_tokenizer(name)
@@ -161,7 +166,8 @@ def test_a_data_sets_vocabulary_loads_as_the_same(trained, tmp_path):
     meta["tokenizer"] |= {"pattern": trained._pat_str, "special_tokens": trained._special_tokens}
     json.dump(meta, open(path, "w"))
     again = get_tokenizer(folder)
-    assert tokens.fingerprint(again) == tokens.fingerprint(trained) and again.encode_ordinary(SAMPLES["code"]) == trained.encode_ordinary(SAMPLES["code"])
+    assert tokens.fingerprint(again) == tokens.fingerprint(trained)
+    assert again.encode_ordinary(SAMPLES["code"]) == trained.encode_ordinary(SAMPLES["code"])
     meta["tokenizer"]["vocab_size"] -= 1
     json.dump(meta, open(path, "w"))
     with pytest.raises(ValueError, match="prepare the data anew"):
@@ -203,10 +209,8 @@ def test_transformers_splits_random_text_as_tiktoken_does(encoding, tmp_path):
 @needs_gpt2
 def test_gpt2s_own_files_load_as_tiktokens_gpt2(tmp_path):
     lib = pytest.importorskip("tokenizers", reason="the tokenizers library makes the reference")
-    vocabulary = CACHED.replace(os.path.basename(CACHED), hashlib.sha1(b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json").hexdigest())
-    with open(CACHED, encoding="utf-8") as f:
-        merges = [tuple(line.split()) for line in f.read().split("\n")[1:-1]]
-    theirs = lib.Tokenizer(lib.models.BPE(json.load(open(vocabulary, encoding="utf-8")), merges))
+    with open(MERGES, encoding="utf-8") as f, open(VOCABULARY, encoding="utf-8") as g:
+        theirs = lib.Tokenizer(lib.models.BPE(json.load(g), [tuple(line.split()) for line in f.read().split("\n")[1:-1]]))
     theirs.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.add_special_tokens([END])
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -216,24 +220,25 @@ def test_gpt2s_own_files_load_as_tiktokens_gpt2(tmp_path):
         assert ours.encode_ordinary(content) == gpt2.encode_ordinary(content) == theirs.encode(content).ids, name
 
 
-def test_the_merges_that_are_saved_are_those_of_gpt2(tmp_path):
-    if not os.path.exists(CACHED):
-        pytest.skip("the gpt2 vocabulary is not in tiktoken's cache")
-    with open(CACHED, encoding="utf-8") as f:
+@needs_gpt2
+def test_the_merges_that_are_saved_are_those_of_gpt2():
+    with open(MERGES, encoding="utf-8") as f:
         merges = [line.split() for line in f.read().split("\n")[1:-1]]
     assert json.loads(tokens.tokenizer_json(get_tokenizer("gpt2")))["model"]["merges"] == merges
 
 
-def foreign(folder, model="BPE", pre=None, normalizer=None, special=(END,), text=(), **options):
+def foreign(folder, model="BPE", pre=None, normalizer=None, special=(END,), text=(), **marks):
     """Train a tokenizer with Hugging Face's library and save it; it and its folder."""
     lib = pytest.importorskip("tokenizers", reason="the tokenizers library makes the reference")
-    alphabet = {} if model == "WordPiece" else {"initial_alphabet": lib.pre_tokenizers.ByteLevel.alphabet()}
-    size = {"vocab_size": 700, "special_tokens": list(special), "show_progress": False}
-    theirs = lib.Tokenizer(getattr(lib.models, model)(**options))
+    options = {"vocab_size": 700, "special_tokens": list(special), "show_progress": False} | marks
+    if model != "WordPiece":
+        options["initial_alphabet"] = lib.pre_tokenizers.ByteLevel.alphabet()
+    theirs = lib.Tokenizer(getattr(lib.models, model)(**marks))
     theirs.pre_tokenizer = pre(lib) if pre else lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
     if normalizer:
         theirs.normalizer = normalizer(lib)
-    theirs.train_from_iterator([*list(SAMPLES.values())[1:6] * 5, *text], getattr(lib.trainers, f"{model}Trainer".replace("BPE", "Bpe"))(**size, **alphabet, **options))
+    trainer = getattr(lib.trainers, f"{model}Trainer".replace("BPE", "Bpe"))
+    theirs.train_from_iterator([*list(SAMPLES.values())[1:6] * 5, *text], trainer(**options))
     theirs.save(str(folder / "tokenizer.json"))
     return theirs, str(folder)
 
@@ -311,7 +316,9 @@ def test_ids_that_do_not_follow_the_merges_are_refused(tmp_path, trained):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"model": null, "added_tokens": [], "pre_tokenizer": null}', '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"model": null, "added_tokens": [], "pre_tokenizer": null}', '{"model": {"type": "BPE"}}']
+)
 def test_a_damaged_tokenizer_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match="damaged|not byte-level BPE"):
@@ -334,7 +341,7 @@ def test_shards_are_plain_npy_files_of_the_smallest_fitting_type(tmp_path, vocab
     for start in range(0, 1000, 70):
         writer.write(ids[start : start + 70].astype(tokens.dtype_for(vocab_size)))
     writer.close()
-    assert [s["file"] for s in writer.shards] == [f"train_0000{i}.npy" for i in range(4)] and sorted(os.listdir(tmp_path)) == [s["file"] for s in writer.shards]
+    assert sorted(os.listdir(tmp_path)) == [s["file"] for s in writer.shards] == [f"train_0000{i}.npy" for i in range(4)]
     assert [s["tokens"] for s in writer.shards] == [300, 300, 300, 100]
     parts = []
     for shard in writer.shards:
@@ -423,7 +430,7 @@ def test_a_missing_data_set_says_how_to_make_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("", "damaged"), ("{", "damaged"), ("[]", "damaged"), ("3", "damaged"), ("{}", "damaged"), ('{"format_version": 2}', "format version 2"), ('{"format_version": 1}', "damaged")],
+    [*((c, "damaged") for c in ("", "{", "[]", "3", "{}", '{"format_version": 1}')), ('{"format_version": 2}', "format version 2")],
 )
 def test_a_damaged_meta_json_is_refused(tmp_path, content, message):
     folder = dataset(tmp_path / "d", [1, 2, 3])
@@ -564,7 +571,15 @@ def test_how_often_a_data_set_was_gone_through(tmp_path):
 
 @pytest.mark.parametrize(
     "weights, shares",
-    [([1, 1], [500, 500]), ([0.7, 0.3], [700, 300]), ([3, 1], [750, 250]), ([1, 1, 1], None), ([0.9999, 0.0001], [999, 1]), ([1, 2, 4, 9], None), ([0.1, 0.2, 0.7], [100, 200, 700])],
+    [
+        ([1, 1], [500, 500]),
+        ([3, 1], [750, 250]),
+        ([0.7, 0.3], [700, 300]),
+        ([0.1, 0.2, 0.7], [100, 200, 700]),
+        ([0.9999, 0.0001], [999, 1]),
+        ([1, 1, 1], None),
+        ([1, 2, 4, 9], None),
+    ],
 )
 def test_a_mixture_has_its_shares_exactly_in_every_cycle(tmp_path, weights, shares):
     folders = [dataset(tmp_path / str(i), np.arange(i * 5000, i * 5000 + 4000), vocab_size=60_000) for i in range(len(weights))]

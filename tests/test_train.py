@@ -1,7 +1,7 @@
 """train.py as a user runs it, on the CPU: real processes, real kills, tiny models.
 
-A process forked from one that has imported torch already starts at once, so each run is one (see `child`); the tests of torchrun and of the
-plain command start theirs from nothing. Where a run is to be killed at an exact place, the process does it to itself: Python tells of every
+A process forked from one that has imported torch already starts at once, so each run is one (see `child`); the tests of torchrun and of
+torch.compile start theirs from nothing. Where a run is to be killed at an exact place, the process does it to itself: Python tells of every
 file it opens or renames (sys.addaudithook), and there it sends itself the signal.
 """
 import csv
@@ -363,7 +363,7 @@ def test_micro_batches_of_unequal_size_add_up_to_the_batch(run, plain, tmp_path)
 def test_two_processes_train_as_one_does(data, plain, tmp_path):
     settings = {"data": data, "out": tmp_path / "run"} | TINY | PLAIN
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
-    done = subprocess.run([*command, *(f"--{k}={v}" for k, v in settings.items())], capture_output=True, text=True)
+    done = subprocess.run([*command, *(f"--{k}={v}" for k, v in settings.items())], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     both = SimpleNamespace(out=tmp_path / "run")
     assert "2 processes" in done.stdout and done.stdout.count("20/20") == 1
@@ -443,6 +443,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, straight, tmp_path
     assert f"resumed {resumed.out} at step 50" in resumed.stdout
     equal(resumed, straight())
     assert not (tmp_path / "run/.checkpoint.part").exists()
+
+
+def test_a_damaged_checkpoint_does_not_stand_in_for_those_after_it(run, straight, tmp_path):
+    shutil.copytree(straight().out, tmp_path / "run")
+    os.truncate(tmp_path / "run/step-000060/model.safetensors", 100)
+    resumed = run(tmp_path, resume=True, checkpoint_interval=2, at=("os.rename", "step-000056", 1, signal.SIGKILL))
+    assert resumed.code == -signal.SIGKILL
+    assert {"step-000052", "step-000054"} <= {os.path.basename(f) for f in run_steps(str(resumed.out))}
+    assert same(dict(GPT.from_pretrained(str(resumed.out)).state_dict()), weights(resumed, 54))
 
 
 def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(run, straight, tmp_path):
@@ -696,6 +705,10 @@ def test_init_from_goes_on_from_the_weights_of_a_run(run, straight, data, tmp_pa
     assert GPT.from_pretrained(str(tuned.out)).count_parameters() == figures_of(straight())["parameters"]
 
 
+def test_init_from_takes_no_impossible_dropout(run, straight, tmp_path):
+    nothing_written(one_line(run(tmp_path, init_from=straight().out, dropout=1.5), "dropout", "1.5"))
+
+
 def test_init_from_refuses_data_of_another_vocabulary(run, straight, other_vocabulary, tmp_path):
     result = run(tmp_path, init_from=straight().out, data=other_vocabulary)
     nothing_written(one_line(result, "another vocabulary", f"--tokenizer={straight().out}"))
@@ -787,7 +800,7 @@ def compiled(tmp_path, data, **env):
     """A compiled run, started from nothing, for the compiler's settings are read at import."""
     settings = {"data": data, "out": tmp_path / "run"} | TINY | PLAIN | {"compile": True}
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")} | env
-    done = subprocess.run([sys.executable, SCRIPT, *(f"--{k}={v}" for k, v in settings.items())], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SCRIPT, *(f"--{k}={v}" for k, v in settings.items())], env=env, capture_output=True, text=True, timeout=600)
     return good(SimpleNamespace(code=done.returncode, stdout=done.stdout, stderr=done.stderr, out=tmp_path / "run"))
 
 
