@@ -97,14 +97,25 @@ def bundles(files, bar):
 
 
 def in_order(pool, function, items, ahead):
-    """pool.imap, but reading no more than `ahead` items before their results are taken: memory stays bounded."""
-    pending = collections.deque()
+    """pool.imap, but reading no more than `ahead` items before their results are taken (memory stays bounded), and not waiting for the dead."""
+    pending, workers_ = collections.deque(), {p.pid for p in multiprocessing.active_children()}
+
+    def result():
+        while True:
+            try:
+                return pending[0].get(timeout=1)
+            except multiprocessing.TimeoutError:
+                if not workers_ <= {p.pid for p in multiprocessing.active_children()}:
+                    config.fail("a worker process was killed, perhaps for want of memory; try fewer --workers. Nothing was written")
+
     for item in items:
         pending.append(pool.apply_async(function, (item,)))
         if len(pending) >= ahead:
-            yield pending.popleft().get()
+            yield result()
+            pending.popleft()
     while pending:
-        yield pending.popleft().get()
+        yield result()
+        pending.popleft()
 
 
 def start_worker(recipe_, encoding_):
@@ -130,7 +141,7 @@ def work(bundle):
         if encoding is not None and content.strip():
             ids = encoding.encode_ordinary(content)  # special tokens spelled out in a document stay text
             product = np.array([encoding.eot_token, *ids], dtype=tokens.dtype_for(encoding.n_vocab))
-        results.append((where, None, hashlib.sha256(raw).digest()[:16], (before, len(raw) if content.strip() else 0), product))
+        results.append((where, None, hashlib.sha256(raw.rstrip(b"\n")).digest()[:16], (before, len(raw) if content.strip() else 0), product))
     return results
 
 
@@ -236,6 +247,10 @@ def main():
         config.fail(f"{out} is there already; name another --out, or replace it with --overwrite")
     if os.path.exists(out) and not (os.path.isdir(out) and (os.path.exists(os.path.join(out, "meta.json")) or not os.listdir(out))):
         config.fail(f"{out} is no data set, so --overwrite does not touch it; name another --out")
+    here = os.path.realpath(out)
+    for name in inputs:
+        if os.path.exists(out) and (os.path.realpath(name) + os.sep).startswith(here + os.sep):
+            config.fail(f"the input {name} lies in {out}, which --overwrite replaces; name another --out")
     files, passed_over = find_files(inputs) if inputs else ([(path, "text") for path in standard_library()], 0)
     if not files:
         config.fail(f"there is nothing to read in {' '.join(inputs)}: no file that ends in {' '.join(text.KINDS)} (.gz)")
@@ -251,7 +266,7 @@ def main():
         else:
             encoding = tokens.get_tokenizer(tokenizer)
             kind = "bytes" if tokenizer == "bytes" else "folder" if os.path.isdir(tokenizer) else "tiktoken"
-    part = out.rstrip("/") + ".part"
+    part, old = out.rstrip("/") + ".part", out.rstrip("/") + ".old"
     shutil.rmtree(part, ignore_errors=True)
     try:
         os.makedirs(part)
@@ -275,9 +290,11 @@ def main():
         if json:
             with config.user_errors():
                 config.write_json(json, meta)
-        if overwrite:
-            shutil.rmtree(out, ignore_errors=True)
+        if os.path.exists(out):  # --overwrite: the old goes when the new is there
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(out, old)
         os.rename(part, out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         config.fail(f"could not write {out}: {e.strerror or e}; nothing was kept")
     finally:

@@ -22,7 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -178,7 +178,7 @@ def peak_flops(device, dtype):
         return peak if dtype != torch.float32 else peak / 2  # TF32 runs at half of bfloat16's rate
     if device.type == "cpu":
         a, best = torch.randn(1024, 1024), math.inf
-        for _ in range(10):
+        for _ in range(4):
             begun = time.perf_counter()
             a @ a
             best = min(best, time.perf_counter() - begun)
@@ -390,7 +390,7 @@ def main():
                 if name != "dropout" and not (name == "block_size" and name in given):
                     globals()[name] = mine[name]
             model = source
-            model.config.dropout = dropout
+            model.config = replace(model.config, dropout=dropout)
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = dropout
@@ -427,8 +427,6 @@ def main():
     sequences = batch_tokens // block_size  # in a step, over all processes
     mine = sequences // world
 
-    if ddp:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 for what float32 matrix products there are on CUDA
     model.to(where).train()
     optimizers = make_optimizers(model)
@@ -445,6 +443,8 @@ def main():
         if (step >= max_steps or patience and best.get("worse", 0) >= patience) and any(r["val_loss"] and int(r["step"]) == step for r in rows):
             say(f"{out} is finished; to train longer, raise --max_steps\n{summary(model, rows, best, peak)[1]}")
             return
+    if ddp:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
     scaler = torch.amp.GradScaler(where.type, enabled=number_type == torch.float16)
     if loaded and scaler.is_enabled() and trainer["scaler"]:
@@ -473,7 +473,7 @@ def main():
         except Exception as e:  # whatever a compiler may raise
             if run is model:
                 raise
-            say(f"WARNING: torch.compile failed here, going on without, which is slower: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
+            say(f"WARNING: torch.compile failed here, going on without, which is slower: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
             run = model
         model.zero_grad(set_to_none=True)
     model.zero_grad(set_to_none=True)
@@ -481,7 +481,7 @@ def main():
         smallest = torch.tensor(micro, device=where)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         micro = int(smallest)
-        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[where] if where.type == "cuda" else None)
+        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[where] if where.type == "cuda" else None, broadcast_buffers=False)
     batch_size = micro
 
     lengths = tokens.byte_lengths(encoding)
@@ -491,6 +491,9 @@ def main():
     if first:
         with config.user_errors():
             os.makedirs(out, exist_ok=True)
+            for folder in run_steps(out):  # what is later than the checkpoint resumed from is damaged, and will be made again
+                if int(folder.rsplit("-", 1)[1]) > step:
+                    shutil.rmtree(folder)
             metrics = open(os.path.join(out, ".metrics.part"), "w", newline="", encoding="utf-8")
             writer = csv.DictWriter(metrics, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -663,6 +666,7 @@ def main():
                 save()
                 say(f"told to stop: saved step {step}; go on with --resume")
             if ddp:
+                del run  # before its process group: gloo's threads and the interpreter's lock would wait for each other
                 dist.destroy_process_group()
             sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))
 
@@ -674,6 +678,7 @@ def main():
             say(f"the best is step {best['step']}: val loss {best['val_loss']:.4f}")
         say(line)
     if ddp:
+        del run
         dist.destroy_process_group()
 
 

@@ -62,6 +62,8 @@ def convert(name, text, kinds):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    if int in kinds and type(value) is float and value.is_integer():
+        return int(value)  # --max_steps=1e4
     if str in kinds and (type(value) not in kinds or isinstance(value, str)):
         return text  # to the letter: --prompt=7 is the string "7", quotes and further signs of equality are part of it
     if float in kinds and isinstance(value, str):
@@ -77,7 +79,7 @@ def check(name, value, kinds):
     if float in kinds and type(value) is int:
         return float(value)
     if int in kinds and type(value) is float and value.is_integer():
-        return int(value)  # --max_steps=1e4
+        return int(value)
     wanted = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
     raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
