@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import tokens
-from model import GPT, GPTConfig, figures, pick_device, read_json, run_steps, score
+from model import GPT, GPTConfig, figures, find_checkpoint, pick_device, read_json, run_steps, score
 
 # Data
 data: str | dict = "data/python"  # a folder that prepare.py wrote, or several by weight: {'data/a': 0.7, 'data/b': 0.3}
@@ -398,8 +398,6 @@ def main():
                     module.dropout = dropout
             if init_from and not loaded:
                 with contextlib.suppress(ValueError):  # a folder without a tokenizer: the number of ids has to do
-                    from model import find_checkpoint
-
                     theirs = tokens.load_tokenizer(find_checkpoint(init_from))
                     if tokens.fingerprint(theirs) != tokens.fingerprint(encoding):
                         config.fail(f"{data} was made with another vocabulary than {init_from}; prepare it with --tokenizer={init_from}")

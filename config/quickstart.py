@@ -12,5 +12,5 @@ batch_tokens = 8 * block_size
 max_steps = 600  # 1.2 M tokens: a third of an epoch
 learning_rate = 0.04
 eval_interval = 150
-sample_prompt = "def "
+sample_prompt = "def main("
 sample_tokens = 150
