@@ -97,7 +97,8 @@ def main():
         results.append(r)
     print(f"scored on {', '.join(dict.fromkeys(r['scored'] for r in results))}")
     if json:
-        config.write_json(json, results)
+        with config.user_errors():
+            config.write_json(json, results)
 
 
 if __name__ == "__main__":

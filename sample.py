@@ -9,6 +9,7 @@
 Text appears as it is decoded; the speed is told on stderr at the end.
 """
 import codecs
+import os
 import sys
 import time
 
@@ -160,8 +161,9 @@ def main():
     runs, _ = config.apply(globals(), files=False)
     if len(runs) != 1:
         config.fail("name one model: a run (out/…), a step folder, a Hugging Face folder or hub name")
-    bounds = (("temperature", temperature >= 0, "0 or more"), ("top_p", 0 < top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= min_p <= 1, "between 0 and 1"))
+    bounds = (("temperature", temperature == 0 or 0.001 <= temperature < 1000, "0 (greedy) or between 0.001 and 1000"), ("top_p", 0 < top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= min_p <= 1, "between 0 and 1"))
     bounds += (("repetition_penalty", repetition_penalty > 0, "above 0"), ("num_samples", num_samples >= 1, "1 or more"), ("top_k", top_k >= 0, "0 or more"))
+    bounds += (("seed", 0 <= seed < 2**63, "between 0 and 2^63"),)
     bounds += (("beams", beams >= 0, "0 or more"), ("max_new_tokens", max_new_tokens >= 1, "1 or more"))
     for name, good, wanted in bounds:
         if not good:
@@ -185,7 +187,10 @@ def main():
     known = torch.zeros(model.config.vocab_size, dtype=torch.bool)  # ids that stand for something: a padded vocabulary has more
     known[[i for i, token in enumerate(tokens.token_bytes(encoding)) if token is not None]] = True
     if not interactive:
-        respond(model, encoding, known, beginning, autocast)
+        try:
+            respond(model, encoding, known, beginning, autocast)
+        except BrokenPipeError:  # | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     while True:
         try:

@@ -409,7 +409,8 @@ class Batches:
 
 
 def windows(stream, block_size, stride=None, limit=None, batch_size=8):
-    """Batches x, y (b, block_size) that score every token of `stream` but the first once, up to `limit` targets.
+    """Batches x, y (b, block_size) that score every token of `stream` but the first once; with a limit, those of as many whole windows as
+    fit into so many targets, one at the least.
 
     A window begins every `stride` tokens (None: block_size, disjoint) and scores those that no earlier one did; padding is IGNORE."""
     stride = stride or block_size

@@ -492,12 +492,14 @@ def main():
             for folder in run_steps(out):  # what is later than the checkpoint resumed from is damaged, and will be made again
                 if int(folder.rsplit("-", 1)[1]) > step:
                     shutil.rmtree(folder)
-            metrics = open(os.path.join(out, ".metrics.part"), "w", newline="", encoding="utf-8")
+            path = os.path.join(out, "metrics.csv")
+            with open(path + ".part", "w", newline="", encoding="utf-8") as f:
+                writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(path + ".part", path)
+            metrics = open(path, "a", newline="", encoding="utf-8")
             writer = csv.DictWriter(metrics, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            metrics.flush()
-            os.replace(os.path.join(out, ".metrics.part"), os.path.join(out, "metrics.csv"))  # and goes on being written
             if not loaded:
                 with open(os.path.join(out, "config.py"), "w", encoding="utf-8") as f:
                     f.write(config.dump(globals(), provenance(f"{world} × {name} ({where.type}), {number_type}")))
