@@ -284,7 +284,7 @@ def test_a_mistake_ends_the_process_with_a_line(process):
         ([], "name one model"),
         (["RUN", "RUN"], "name one model"),
         (["out/no-such-run"], "there is no model at 'out/no-such-run'"),
-        (["RUN", "--temperature=-1"], "temperature must be 0 or more, not -1"),
+        (["RUN", "--temperature=-1"], "temperature must be 0 (greedy) or between 0.001 and 1000, not -1"),
         (["RUN", "--temperature=warm"], "temperature must be float, not 'warm'"),
         (["RUN", "--top_p=0"], "top_p"),
         (["RUN", "--top_p=1.5"], "top_p"),
