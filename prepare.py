@@ -293,7 +293,12 @@ def main():
         if os.path.exists(out):  # --overwrite: the old goes when the new is there
             shutil.rmtree(old, ignore_errors=True)
             os.rename(out, old)
-        os.rename(part, out)
+        try:
+            os.rename(part, out)
+        except OSError:
+            if os.path.exists(old):
+                os.rename(old, out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         config.fail(f"could not write {out}: {e.strerror or e}; nothing was kept")

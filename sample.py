@@ -158,7 +158,7 @@ def respond(model, encoding, known, beginning, autocast):
 
 
 def main():
-    runs, _ = config.apply(globals(), files=False)
+    runs, given = config.apply(globals(), files=False)
     if len(runs) != 1:
         config.fail("name one model: a run (out/…), a step folder, a Hugging Face folder or hub name")
     bounds = (("temperature", temperature == 0 or 0.001 <= temperature < 1000, "0 (greedy) or between 0.001 and 1000"), ("top_p", 0 < top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= min_p <= 1, "between 0 and 1"))
@@ -170,7 +170,9 @@ def main():
             config.fail(f"{name} must be {wanted}, not {globals()[name]}")
     if isinstance(stop, list) and not all(isinstance(s, str) for s in stop):
         config.fail(f"stop must be a string or a list of strings, not {stop!r}")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters shows question marks
+    idle = given & {"temperature", "greedy", "top_k", "top_p", "min_p", "repetition_penalty"}
+    if beams and idle:
+        config.fail(f"beam search does not sample, so it has no use for {', '.join(sorted(idle))}; leave out either")
     if beams and num_samples > 1:
         config.fail(f"beam search gives the one best continuation: leave out beams={beams} or num_samples={num_samples}")
     with config.user_errors():

@@ -222,8 +222,10 @@ class Meta:
         return encoding
 
     def fingerprint(self):
-        """A hash that changes when the data do: of the shards' names, lengths and hashes."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:16]
+        """A hash that changes when the data do: of the shards' names, sizes and hashes (.bin shards have none)."""
+        paths = [os.path.join(self.folder, name) for files in self.files.values() for name, _, _ in files]
+        sizes = [os.path.getsize(path) for path in paths if os.path.exists(path)]
+        return hashlib.sha256(json.dumps([self.files, sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_tokenizer_file(encoding, path):

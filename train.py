@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -94,8 +95,8 @@ def orthogonalize(g):
     """The nearest (semi-)orthogonal matrices to a batch of matrices g (K, rows, columns), nearly: singular values end within about 0.7 … 1.2.
 
     Newton-Schulz with the quintic of Jordan et al. (kellerjordan.github.io/posts/muon): five products instead of an SVD. In bfloat16 on
-    CUDA; in float32 elsewhere, where bfloat16 is emulated and takes seconds."""
-    x = g.bfloat16() if g.is_cuda else g.float()
+    CUDA; in float32 where bfloat16 is emulated, which takes seconds."""
+    x = g.bfloat16() if g.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else g.float()
     if g.size(-2) > g.size(-1):
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -119,7 +120,10 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
                 grads = [p.grad for p in params]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                for p in params:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
                 update = orthogonalize(torch.stack(ahead))
@@ -174,7 +178,7 @@ def peak_flops(device, dtype):
     """What this device could do a second at best: from the table for a GPU, measured on a CPU, nan where neither says."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = next((t * 1e12 for key, t in PEAKS.items() if key in name), math.nan)
+        peak = next((t * 1e12 for key, t in PEAKS.items() if re.search(rf"\b{key}\b", name)), math.nan)
         return peak if dtype != torch.float32 else peak / 2  # TF32 runs at half of bfloat16's rate
     if device.type == "cpu":
         a, best = torch.randn(1024, 1024), math.inf
@@ -350,7 +354,11 @@ def main():
     # Look at everything that the user named before anything is written
     with config.user_errors():
         where, number_type, compile_default = pick_device(device, dtype)
+        if ddp and where.type == "mps":
+            raise ValueError("torch's processes cannot meet on MPS; under torchrun use --device=cpu")
         if ddp and where.type == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"there are {torch.cuda.device_count()} GPUs here; start torchrun with --nproc_per_node={torch.cuda.device_count()}")
             where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(where)
         every_kind, every = parse_interval(checkpoint_interval)
@@ -376,6 +384,8 @@ def main():
             if tokens.fingerprint(meta.encoding()) != tokens.fingerprint(encoding):
                 raise ValueError(f"{meta.folder} and {folders[0]} have different vocabularies; prepare one with --tokenizer={folders[0]}")
         data_fingerprint = " ".join(meta.fingerprint() for meta in metas)
+        if isinstance(data, dict):
+            data_fingerprint += f" by {list(data.values())}"
         torch.manual_seed(seed)
         loaded = load_checkpoint() if begun else None
         if begun and resume and not loaded and run_steps(out):
@@ -439,10 +449,17 @@ def main():
         step, clock, best = trainer["step"], trainer["seconds"], trainer["best"]
         rows = read_metrics(step)
         if (step >= max_steps or patience and best.get("worse", 0) >= patience) and any(r["val_loss"] and int(r["step"]) == step for r in rows):
-            say(f"{out} is finished; to train longer, raise --max_steps\n{summary(model, rows, best, peak)[1]}")
+            result, line = summary(model, rows, best, peak)
+            if json and first:
+                config.write_json(json, result)
+            say(f"{out} is finished; to train longer, raise --max_steps\n{line}")
             return
     if ddp:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        ends = torch.tensor([step, -step], device=where)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            config.fail(f"the processes found different checkpoints in {out}: steps {-ends[1]} and {ends[0]}; it must be one shared folder")
     autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
     scaler = torch.amp.GradScaler(where.type, enabled=number_type == torch.float16)
     if loaded and scaler.is_enabled() and trainer["scaler"]:
@@ -456,6 +473,7 @@ def main():
 
     # One micro-step for nothing: does it compile, and does it fit?
     run = torch.compile(model) if compile else model
+    reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3 + ddp)]  # what the optimizer and DDP will take
     micro = min(mine, batch_size or max(1, (2**16 if where.type == "cuda" else 2**12) // block_size))
     while True:
         try:
@@ -475,6 +493,7 @@ def main():
             run = model
         model.zero_grad(set_to_none=True)
     model.zero_grad(set_to_none=True)
+    del reserve
     if ddp:
         smallest = torch.tensor(micro, device=where)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -500,9 +519,8 @@ def main():
             os.replace(path + ".part", path)
             metrics = open(path, "a", newline="", encoding="utf-8")
             writer = csv.DictWriter(metrics, COLUMNS, lineterminator="\n")
-            if not loaded:
-                with open(os.path.join(out, "config.py"), "w", encoding="utf-8") as f:
-                    f.write(config.dump(globals(), provenance(f"{world} × {name} ({where.type}), {number_type}")))
+            with open(os.path.join(out, "config.py"), "w", encoding="utf-8") as f:
+                f.write(config.dump(globals(), provenance(f"{world} × {name} ({where.type}), {number_type}")))
     say(f"{model.count_parameters():,} parameters ({model.config.architecture()}), {where.type} {str(number_type)[6:]}, {world} process{'es' * (world > 1)}")
     if model.config.architecture() == "daygpt":
         say("note: no stock architecture computes these settings; stock loaders will refuse the checkpoints (model_type daygpt)")
@@ -557,8 +575,8 @@ def main():
     stopped = []
 
     def on_signal(number, _):
-        if stopped:
-            raise KeyboardInterrupt  # asked twice: at once
+        if stopped and number == signal.SIGINT and not ddp:  # torchrun passes on what its processes may have had already
+            raise KeyboardInterrupt  # Ctrl-C twice: at once
         stopped.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -628,7 +646,7 @@ def main():
         told = torch.stack([nats.double() if where.type != "mps" else nats, torch.tensor(float(bool(stopped)), device=where)])
         if ddp:
             dist.all_reduce(told)  # also: was any process told to stop?
-        loss, norm, stop = told[0].item() / batch_tokens, norm.item(), told[1].item() > 0  # the step's one wait for the GPU
+        loss, norm, stop = told[0].item() / batch_tokens, norm.item(), told[1].item() > 0  # here the CPU waits for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
             for o in optimizers:
                 o.step()
@@ -666,6 +684,7 @@ def main():
                 save()
                 say(f"told to stop: saved step {step}; go on with --resume")
             if ddp:
+                dist.barrier()  # who leaves before rank 0 has saved would have torchrun kill it
                 del run  # before its process group: gloo's threads and the interpreter's lock would wait for each other
                 dist.destroy_process_group()
             sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))

@@ -24,7 +24,7 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def user_errors(*kinds):
+def user_errors():
     """Around code that reads what the user named: a ValueError, OSError or ImportError becomes a line instead of a traceback."""
     try:
         yield
@@ -90,6 +90,8 @@ def apply(namespace, argv=None, files=True):
     Arguments that are no settings are config files to run (files=True) or inputs (files=False). Returns the inputs and the set of names
     that were given. A mistake ends the program with one line; --help prints every setting with default and meaning, and ends it too."""
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # samples hold any character; a terminal that knows fewer shows question marks
     with open(namespace["__file__"], encoding="utf-8") as f:
         settings = declared(f.read())
     kinds = {name: kinds or (type(namespace[name]),) for name, (kinds, _, _) in settings.items()}
@@ -154,7 +156,8 @@ def dump(namespace, notes=()):
 
 
 def write_json(path, content):
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all; JSON knows no nan, so it becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".part", "w", encoding="utf-8") as f:
         json.dump(content, f, indent=2)

@@ -1,4 +1,4 @@
-"""GPT-2's smallest size as its paper has it, trained by AdamW with nanoGPT's settings: to compare with.
+"""GPT-2's smallest size as its paper has it, trained by AdamW with llm.c's settings: to compare with.
 
     python prepare.py YOUR_TEXT --tokenizer=gpt2 --out=data/web    # 10 B tokens of the web, or llm.c's shards as they lie
     python train.py config/gpt2_124m.py                            # one GPU
@@ -22,7 +22,7 @@ optimizer = "adamw"
 batch_tokens = 512 * block_size  # 0.5 M
 max_steps = 19_073  # 10 B tokens
 learning_rate = 6e-4
-min_lr = 6e-5
+min_lr = 0.0
 warmup_steps = 700
 weight_decay = 0.1
 eval_interval = 250
