@@ -58,7 +58,7 @@ rope_theta = 10000.0
 norm_eps: float | None = None  # None: 1e-6 for rms, 1e-5 for layer
 init_from = ""  # a run, a step folder, a Hugging Face folder or hub name (gpt2) to start from; its sizes then hold
 # Length and batch
-max_steps = 600  # optimizer steps
+max_steps = 480  # optimizer steps
 batch_tokens = 2048  # tokens in a step, over all processes and micro-steps
 batch_size = 0  # sequences of one process in a micro-step; 0: as many as memory bears
 # Optimizer
@@ -74,7 +74,7 @@ beta1 = 0.9  # AdamW's
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: off
 # Evaluation, logs and checkpoints
-eval_interval = 150  # steps between evaluations
+eval_interval = 120  # steps between evaluations
 eval_tokens = 0  # targets of the validation split to score, from its start; 0: all
 patience = 0  # evaluations without a better val_loss after which to stop; 0: off
 log_interval = 10  # steps between lines
@@ -313,8 +313,8 @@ def draw_curve(rows):
     if steps:
         xs, ys = zip(*steps)
         average, smooth = ys[0], []
-        for y in ys:
-            average = y if not math.isfinite(average) else 0.95 * average + 0.05 * y
+        for i, y in enumerate(ys):  # the mean of all at first, then of the last twenty or so
+            average = average + (y - average) * max(0.05, 1 / (i + 1)) if math.isfinite(average) else y
             smooth.append(average)
         axes.plot(xs, ys, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(xs, smooth, color="tab:blue", label="training, running mean")
