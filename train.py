@@ -167,7 +167,7 @@ def lr_factor(step, schedule, warmup_steps, max_steps, floor):
 
 # ---- The machine ----
 
-PEAKS = {  # dense peak of a GPU's matrix products in TFLOP/s, bfloat16 or float16, from the makers' data sheets; longer names first
+PEAKS = {  # dense peak of a GPU's matrix products in TFLOP/s, bfloat16 or float16, as commonly quoted; longer names first
     "B200": 2250, "B100": 1750, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
     "A40": 149.7, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 4090": 165.2,
     "RTX 4080": 97.5, "RTX 4070": 58.3, "RTX 3090": 71, "RTX 3080": 59.5, "RTX 3060": 25.6, "V100": 125, "T4": 65,
