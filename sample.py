@@ -41,7 +41,7 @@ seed = 1337  # sample i is a function of seed and i, whatever num_samples is
 stream = True  # print a single sample as it is decoded
 cache = True  # False recomputes every token: slow, for comparison
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of matrix products: auto, float32, bfloat16, float16
+dtype = "auto"  # of the weights: auto, float32, bfloat16, float16
 
 
 def filter_logits(logits, sequences, temperature, top_k, top_p, min_p, repetition_penalty):
@@ -115,7 +115,7 @@ class Output:
         return new
 
 
-def respond(model, encoding, known, beginning, autocast):
+def respond(model, encoding, known, beginning):
     """Continue one prompt, print what comes of it, and its speed on stderr."""
     table, end = tokens.token_bytes(encoding), encoding.eot_token
     ids = [end, *encoding.encode_ordinary(beginning)]  # as a document begins
@@ -134,19 +134,18 @@ def respond(model, encoding, known, beginning, autocast):
 
     if live:
         print(beginning, end="", flush=True)
-    with autocast:
-        if beams:
-            steps = ([i] for i in beam_search(model, ids, beams, max_new_tokens, end, known))
-        else:
-            steps = (i.tolist() for i in model.generate([ids] * num_samples, max_new_tokens, pick, cache))
-        for new in steps:
-            for output, token in zip(outputs, new):
-                made += not output.done
-                shown = output.add(b"" if token == end else table[token], final=token == end)
-                if live:
-                    print(shown, end="", flush=True)
-            if all(o.done for o in outputs):
-                break
+    if beams:
+        steps = ([i] for i in beam_search(model, ids, beams, max_new_tokens, end, known))
+    else:
+        steps = (i.tolist() for i in model.generate([ids] * num_samples, max_new_tokens, pick, cache))
+    for new in steps:
+        for output, token in zip(outputs, new):
+            made += not output.done
+            shown = output.add(b"" if token == end else table[token], final=token == end)
+            if live:
+                print(shown, end="", flush=True)
+        if all(o.done for o in outputs):
+            break
     for i, output in enumerate(outputs):
         rest = output.add(b"", final=True)
         if live:
@@ -179,18 +178,17 @@ def main():
         where, number_type, _ = pick_device(device, dtype)
         folder = find_checkpoint(runs[0])
         encoding = tokens.load_tokenizer(folder)
-        model = GPT.from_pretrained(folder, where).eval()
+        model = GPT.from_pretrained(folder).to(where, number_type).eval()  # not autocast, which would convert all weights at every token
         if encoding.n_vocab > model.config.vocab_size:
             raise ValueError(f"{folder}: its tokenizer has {encoding.n_vocab} ids, more than the {model.config.vocab_size} of its model's vocabulary")
         beginning = prompt
         if prompt_file:
             beginning = read_text(prompt_file)
-    autocast = torch.autocast(where.type, dtype=number_type, enabled=number_type != torch.float32)
     known = torch.zeros(model.config.vocab_size, dtype=torch.bool)  # ids that stand for something: a padded vocabulary has more
     known[[i for i, token in enumerate(tokens.token_bytes(encoding)) if token is not None]] = True
     if not interactive:
         try:
-            respond(model, encoding, known, beginning, autocast)
+            respond(model, encoding, known, beginning)
         except BrokenPipeError:  # | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
@@ -201,7 +199,7 @@ def main():
             line = ""
         if not line:
             return
-        respond(model, encoding, known, line, autocast)
+        respond(model, encoding, known, line)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import tokens
-from model import GPT, GPTConfig, figures, find_checkpoint, pick_device, read_json, run_steps, score
+from model import GPT, GPTConfig, figures, find_checkpoint, pick_device, read_json, run_steps, score, synchronize
 
 # Data
 data: str | dict = "data/python"  # a folder that prepare.py wrote, or several by weight: {'data/a': 0.7, 'data/b': 0.3}
@@ -67,15 +67,17 @@ learning_rate: float | None = None  # the peak; None: 0.02 for muon, 6e-4 for ad
 embed_lr = 0.2  # with muon: AdamW's for the embedding
 head_lr = 0.01  # with muon: AdamW's for the output head, norms and biases
 min_lr: float | None = None  # where the schedule ends, all rates in proportion; None: learning_rate / 10
+momentum = 0.95  # Muon's: it rises from 0.85 over 300 steps; 0.85 itself, which suits short runs of small batches better, or less stays
 schedule = "cosine"  # cosine, trapezoid (constant, then linear down over the last 40 %), constant
 warmup_steps = 10  # linear, from almost 0
-weight_decay = 0.1  # on matrices only
+weight_decay = 0.1  # on matrices only; with muon not on the embedding
 beta1 = 0.9  # AdamW's
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: off
 # Evaluation, logs and checkpoints
 eval_interval = 120  # steps between evaluations
 eval_tokens = 0  # targets of the validation split to score, from its start; 0: all
+target_loss = 0.0  # stop at an evaluation whose val_loss is at most this; 0: off
 patience = 0  # evaluations without a better val_loss after which to stop; 0: off
 log_interval = 10  # steps between lines
 checkpoint_interval: int | str = "10m"  # steps, or a time such as 30s, 10m, 2h; the last two and the best are kept
@@ -84,19 +86,20 @@ sample_prompt = ""  # what the sample at each evaluation continues; empty: the s
 sample_tokens = 64  # its length; 0: no samples
 # Machine
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of matrix products: auto, float32, bfloat16, float16 (with a GradScaler)
+dtype = "auto"  # of matrix products: float32, bfloat16, float16 (with a GradScaler); auto: bfloat16 where there are units for it
 compile: bool | None = None  # torch.compile; None: on CUDA
 json = ""  # file for the final figures
+time_parts = False  # tell in them how a step's time is spent; on a GPU this waits for each part, which slows the whole
 
 # ---- Optimizer ----
 
 
-def orthogonalize(g):
+def orthogonalize(g, dtype=torch.float32):
     """The nearest (semi-)orthogonal matrices to a batch of matrices g (K, rows, columns), nearly: singular values end within about 0.7 … 1.2.
 
-    Newton-Schulz with the quintic of Jordan et al. (kellerjordan.github.io/posts/muon): five products instead of an SVD. In bfloat16 on
-    CUDA; in float32 where bfloat16 is emulated, which takes seconds."""
-    x = g.bfloat16() if g.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else g.float()
+    Newton-Schulz with the quintic of Jordan et al. (kellerjordan.github.io/posts/muon): five products instead of an SVD. bfloat16 is
+    precise enough, but slow where it is emulated: seconds a step."""
+    x = g.to(dtype)
     if g.size(-2) > g.size(-1):
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -109,8 +112,9 @@ def orthogonalize(g):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024): every direction of a weight matrix moves equally far. Equal shapes go as one batch."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the orthogonalization's products
 
     @torch.no_grad()
     def step(self):
@@ -126,13 +130,13 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-                update = orthogonalize(torch.stack(ahead))
+                update = orthogonalize(torch.stack(ahead), self.dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(model):
-    """The optimizers of the settings; each group remembers its peak learning rate. Weights of two dimensions decay, others do not."""
+def make_optimizers(model, dtype=torch.float32):
+    """The optimizers of the settings, Muon's products in `dtype`; each group remembers its peak learning rate. Weights of two dimensions decay, others do not."""
     fused = {"fused": model.lm_head.weight.device.type in ("cuda", "cpu"), "betas": (beta1, beta2)}
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("model.layers.")]
     rest = [(n, p) for n, p in model.named_parameters() if not (p.dim() == 2 and n.startswith("model.layers."))]
@@ -140,8 +144,9 @@ def make_optimizers(model):
         embeddings, heads, vectors = (
             [p for n, p in rest if p.dim() == 2 and "embed" in n], [p for n, p in rest if "lm_head" in n], [p for _, p in rest if p.dim() == 1]
         )  # fmt: skip
-        groups = [(embeddings, embed_lr, weight_decay), (heads, head_lr, weight_decay), (vectors, head_lr, 0.0)]
-        made = [Muon(matrices, learning_rate, weight_decay=weight_decay)]
+        # At such a rate decay would shrink the rows of tokens not seen for a while to nothing; RMSNorm's gradient is one over their size
+        groups = [(embeddings, embed_lr, 0.0), (heads, head_lr, weight_decay), (vectors, head_lr, 0.0)]
+        made = [Muon(matrices, learning_rate, momentum, weight_decay, dtype)]
     else:
         decayed = matrices + [p for _, p in rest if p.dim() == 2]
         groups = [(decayed, learning_rate, weight_decay), ([p for _, p in rest if p.dim() == 1], learning_rate, 0.0)]
@@ -165,6 +170,11 @@ def lr_factor(step, schedule, warmup_steps, max_steps, floor):
     return 1.0
 
 
+def momentum_at(step, momentum):
+    """Muon's momentum at a step: from 0.85, where the gradients still turn fast, up to `momentum` over 300 steps (modded-nanogpt)."""
+    return momentum - max(0.0, momentum - 0.85) * max(0.0, 1 - step / 300)
+
+
 # ---- The machine ----
 
 PEAKS = {  # dense peak of a GPU's matrix products in TFLOP/s, bfloat16 or float16, as commonly quoted; longer names first
@@ -181,7 +191,7 @@ def peak_flops(device, dtype):
         peak = next((t * 1e12 for key, t in PEAKS.items() if re.search(rf"\b{key}\b", name)), math.nan)
         return peak if dtype != torch.float32 else peak / 2  # TF32 runs at half of bfloat16's rate
     if device.type == "cpu":
-        a, best = torch.randn(1024, 1024), math.inf
+        a, best = torch.randn(1024, 1024, dtype=dtype), math.inf
         for _ in range(4):
             begun = time.perf_counter()
             a @ a
@@ -286,7 +296,8 @@ def read_metrics(step):
 def summary(model, rows, best, peak):
     """The run's final figures, for --json, and their one line."""
     done = [r for r in rows if r["val_loss"]][-1]
-    rate = statistics.median([float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"]] or [math.nan])
+    rates = [float(r["tokens_per_second"]) for r in rows if r["tokens_per_second"]] or [math.nan]
+    rate = statistics.median(rates[3:] or rates)  # the first steps warm up
     memory = max((int(r["memory"]) for r in rows if r["memory"]), default=0)
     result = {
         "parameters": model.count_parameters(), "steps": int(done["step"]), "tokens": int(done["tokens"]), "seconds": float(done["seconds"]),
@@ -353,7 +364,7 @@ def main():
 
     # Look at everything that the user named before anything is written
     with config.user_errors():
-        where, number_type, compile_default = pick_device(device, dtype)
+        where, number_type, compile_default = pick_device(device, dtype, training=True)
         if ddp and where.type == "mps":
             raise ValueError("torch's processes cannot meet on MPS; under torchrun use --device=cpu")
         if ddp and where.type == "cuda":
@@ -367,10 +378,10 @@ def main():
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
         at_least = dict.fromkeys(("max_steps", "batch_tokens", "eval_interval", "log_interval"), 1)
         at_least |= dict.fromkeys(("batch_size", "eval_tokens", "patience", "sample_tokens", "warmup_steps", "weight_decay", "grad_clip"), 0)
-        at_least |= dict.fromkeys(("min_lr", "beta1", "beta2", "learning_rate", "embed_lr", "head_lr"), 0)
+        at_least |= dict.fromkeys(("min_lr", "beta1", "beta2", "learning_rate", "embed_lr", "head_lr", "momentum", "target_loss"), 0)
         for name, least in at_least.items():
             value = globals()[name]
-            if value is not None and not (value >= least and (value < 1 or "beta" not in name) and (value > 0 or name not in ("learning_rate", "embed_lr", "head_lr"))):
+            if value is not None and not (value >= least and (value < 1 or name not in ("beta1", "beta2", "momentum")) and (value > 0 or name not in ("learning_rate", "embed_lr", "head_lr"))):
                 raise ValueError(f"{name}={value} makes no sense; see --help")
         if not data:
             raise ValueError("data names no data set; see --help")
@@ -437,7 +448,7 @@ def main():
 
     torch.set_float32_matmul_precision("high")  # TF32 for what float32 matrix products there are on CUDA
     model.to(where).train()
-    optimizers = make_optimizers(model)
+    optimizers = make_optimizers(model, torch.bfloat16 if number_type == torch.bfloat16 else torch.float32)  # float16 has too small a range
     flops, peak = model.flops_per_token(), peak_flops(where, number_type) * world
     step, clock, best, rows = 0, 0.0, {}, []  # clock: seconds of earlier processes of this run
     if loaded:
@@ -448,11 +459,13 @@ def main():
         restore(optimizers, model, state)
         step, clock, best = trainer["step"], trainer["seconds"], trainer["best"]
         rows = read_metrics(step)
-        if (step >= max_steps or patience and best.get("worse", 0) >= patience) and any(r["val_loss"] and int(r["step"]) == step for r in rows):
+        done = step >= max_steps or patience and best.get("worse", 0) >= patience or best.get("val_loss", math.inf) <= target_loss
+        if done and any(r["val_loss"] and int(r["step"]) == step for r in rows):
             result, line = summary(model, rows, best, peak)
             if json and first:
                 config.write_json(json, result)
-            say(f"{out} is finished; to train longer, raise --max_steps\n{line}")
+            more = "to train longer, raise --max_steps" if step >= max_steps else "its target_loss or patience ended it"
+            say(f"{out} is finished; {more}\n{line}")
             return
     if ddp:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
@@ -472,6 +485,7 @@ def main():
         return x.to(where), y.to(where)
 
     # One micro-step for nothing: does it compile, and does it fit?
+    begun = time.monotonic()
     run = torch.compile(model) if compile else model
     reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3 + ddp)]  # what the optimizer and DDP will take
     micro = min(mine, batch_size or max(1, (2**16 if where.type == "cuda" else 2**12) // block_size))
@@ -500,6 +514,7 @@ def main():
         micro = int(smallest)
         run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[where] if where.type == "cuda" else None, broadcast_buffers=False)
     batch_size = micro
+    trial_seconds = time.monotonic() - begun
 
     lengths = tokens.byte_lengths(encoding)
     table = tokens.token_bytes(encoding)
@@ -527,7 +542,7 @@ def main():
     epochs = ", ".join(f"{n:.2f} epochs of {folder}" for folder, n in batches.epochs(max_steps * sequences).items())
     say(f"{max_steps:,} steps of {sequences} × {block_size} = {batch_tokens:,} tokens ({micro} sequences a micro-step): {epochs}")
     if loaded:
-        say(f"resumed {out} at step {step}")
+        say(f"resumed {out} at step {step}" + f", until then in {trainer['dtype']}" * (trainer["dtype"] != str(number_type)[6:]))
 
     def seconds():
         return clock + time.monotonic() - STARTED
@@ -541,7 +556,7 @@ def main():
         return {
             "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "batch_size": batch_size,
             "data": data, "data_fingerprint": data_fingerprint, "batch_tokens": batch_tokens, "block_size": block_size, "seed": seed,
-            "optimizer": optimizer, "scaler": scaler.state_dict(),
+            "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(),
         }  # fmt: skip
 
     def save():
@@ -587,11 +602,25 @@ def main():
         shared = torch.tensor([step in evaluated], dtype=torch.float32, device=where)
         dist.broadcast(shared, 0)
         evaluated = {step} if shared.item() else set()
+    if not init_from:
+        evaluated.add(0)  # random weights need no evaluation
     worse = best.get("worse", 0)
+    parts, lapped = dict.fromkeys(("load", "forward", "backward", "optimizer", "rest"), 0.0), 0.0
+
+    def lap(part):
+        """Add the time since the last call to this part of a step, the first three steps left out."""
+        nonlocal lapped
+        if time_parts:
+            synchronize(where)
+            now = time.perf_counter()
+            parts[part] += (now - lapped) * (len(spans) >= 3)
+            lapped = now
+
+    startup_seconds = time.monotonic() - STARTED
     saved_at, saved_step, skipped, spans, finished, val = time.monotonic(), step if loaded else -1, 0, [], False, None
     while True:
         # Save before evaluating: what fails in an evaluation must not cost the run
-        finished = step >= max_steps or bool(patience and worse >= patience)
+        finished = step >= max_steps or bool(patience and worse >= patience) or best.get("val_loss", math.inf) <= target_loss
         if first and step > saved_step and step > 0:
             due = time.monotonic() - saved_at >= every if every_kind == "seconds" else step % every == 0
             if due or finished:
@@ -621,10 +650,12 @@ def main():
         if finished:
             break
 
-        begun = time.perf_counter()
+        begun = lapped = time.perf_counter()
         factor = lr_factor(step, schedule, warmup_steps, max_steps, min_lr / learning_rate)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * factor
+            if "momentum" in group:
+                group["momentum"] = momentum_at(step, momentum)
         # Dropout is a function of (seed, step, rank), like the batch: no random state outlives a step, so none needs saving
         torch.manual_seed(hash((seed, step, rank)) % 2**63)
         start = step * sequences + rank * mine
@@ -632,12 +663,15 @@ def main():
         for offset in range(0, mine, micro):
             last = offset + micro >= mine
             x, y = get_batch(start + offset, min(micro, mine - offset))  # (b, T), (b, T)
+            lap("load")
             with contextlib.nullcontext() if last or not ddp else run.no_sync():  # gradients meet on the last micro-step only
                 with autocast:
                     loss = run(x, y)  # nats of this micro-batch
+                lap("forward")
                 # Divided by the targets of the whole step, so that it does not matter how the step is cut. DDP takes the mean over
                 # processes where the sum is meant, hence the factor.
                 scaler.scale(loss * (world / batch_tokens)).backward()
+            lap("backward")
             nats += loss.detach()
         if scaler.is_enabled():
             for o in optimizers:
@@ -646,11 +680,13 @@ def main():
         told = torch.stack([nats.double() if where.type != "mps" else nats, torch.tensor(float(bool(stopped)), device=where)])
         if ddp:
             dist.all_reduce(told)  # also: was any process told to stop?
+        lap("rest")
         loss, norm, stop = told[0].item() / batch_tokens, norm.item(), told[1].item() > 0  # here the CPU waits for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
             for o in optimizers:
                 o.step()
             skipped = 0
+            lap("optimizer")
         else:  # a non-finite gradient never reaches the weights
             skipped += 1
             say(f"step {step + 1:>6}  loss {loss:.4f}, gradient norm {norm:.4f}: step skipped" + ", loss scale lowered" * scaler.is_enabled())
@@ -660,8 +696,8 @@ def main():
             scaler.update()
         model.zero_grad(set_to_none=True)
         step += 1
-        if where.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(where)
+        lap("rest")
         spent = time.perf_counter() - begun
         if first:
             rate = batch_tokens / spent
@@ -691,6 +727,9 @@ def main():
 
     if first:
         result, line = summary(model, rows, best, peak)
+        result |= {"trial_seconds": trial_seconds, "startup_seconds": startup_seconds}
+        if time_parts:
+            result["parts"] = {part: t / (sum(parts.values()) or math.nan) for part, t in parts.items()}
         if json:
             config.write_json(json, result)
         if best.get("step", step) != step:

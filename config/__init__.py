@@ -147,6 +147,19 @@ def apply(namespace, argv=None, files=True):
     return inputs, given
 
 
+def settings_of(script, argv):
+    """The settings, {name: value}, with which a script would run under these arguments. Its mistakes end this program instead."""
+    with open(script, encoding="utf-8") as f:
+        source = f.read()
+    names, namespace = declared(source), {"__file__": script, "__doc__": ""}
+    for node in ast.parse(source).body:
+        target = getattr(node, "target", None) or (getattr(node, "targets", None) or [None])[0]
+        if isinstance(target, ast.Name) and target.id in names and target.id not in namespace:
+            namespace[target.id] = ast.literal_eval(node.value)
+    apply(namespace, argv)
+    return {name: namespace[name] for name in names}
+
+
 def dump(namespace, notes=()):
     """The settings in `namespace` as the text of a config file that sets them all, after the notes as comments."""
     with open(namespace["__file__"], encoding="utf-8") as f:

@@ -11,6 +11,7 @@ n_embd = 64 * n_head
 batch_tokens = 8 * block_size
 max_steps = 480  # 1.0 M tokens: less than a third of an epoch
 learning_rate = 0.04
+momentum = 0.85
 eval_interval = 120
 sample_prompt = "def main("
 sample_tokens = 150

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tokens
-from model import GPT, IGNORE, GPTConfig, Growing, KVCache, context_start, figures, find_checkpoint, pick_device, score
+from model import GPT, IGNORE, GPTConfig, Growing, KVCache, Linear, attend, context_start, figures, find_checkpoint, pick_device, score
 
 SMALL = {"block_size": 32, "vocab_size": 67, "n_layer": 2, "n_head": 4, "n_embd": 32}
 GPT2 = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "qk_norm": False, "tie_embeddings": True}
@@ -364,7 +364,7 @@ def loss_and_gradients(model, loss):
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-LARGE = {"vocab_size": 50304, "n_embd": 8, "n_layer": 1}  # its logits are made in pieces of 83 rows
+LARGE = {"vocab_size": 50304, "n_embd": 8, "n_layer": 1}  # its logits are made in pieces of 166 rows
 
 
 @pytest.mark.parametrize("settings", [{}, {"tie_embeddings": True}, GPT2, LARGE, LARGE | {"tie_embeddings": True}])
@@ -431,6 +431,39 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_a_large_vocabularys_logits_are_never_there_at_once():
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 160 * 2**19 * 4 / 3  # a third of what the logits would take in float32
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32, 33])
+@pytest.mark.parametrize("out_features", [24, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_multiplied_as_many_are(rows, out_features, bias, monkeypatch):
+    calls, product = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *a: (calls.append(rows), product(*a))[1])
+    torch.manual_seed(0)
+    layer, x = Linear(16, out_features, bias=bias), torch.randn(rows, 1, 16)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (rows, 1, out_features)
+    torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=0)
+    assert len(calls) == (rows <= 32 and out_features == 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16  # as any Linear
+
+
+@pytest.mark.parametrize("T", [2, 64, 512, 513])
+def test_attention_in_bfloat16_is_that_in_float32(T, monkeypatch):
+    calls, product = [], torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: (calls.append(T), product(*a, **k))[1])
+    exact = [torch.randn(2, 3, T, 16, generator=torch.Generator().manual_seed(i)).bfloat16().float().requires_grad_() for i in range(3)]
+    short = [t.detach().bfloat16().requires_grad_() for t in exact]
+    ours, theirs = attend(*short, None, 0.0, True), F.scaled_dot_product_attention(*exact, is_causal=True)
+    assert ours.dtype == torch.bfloat16 and (ours - theirs).norm() < 0.01 * theirs.norm()
+    for out in (ours, theirs):
+        (out * torch.linspace(-1, 1, 16)).sum().backward()
+    assert all((a.grad - b.grad).norm() < 0.02 * b.grad.norm() for a, b in zip(short, exact))
+    assert len(calls) == (T <= 512)
+    attend(*short, None, 0.0, False)  # where scores may be large, they stay in float32
+    assert len(calls) == (T <= 512)
 
 
 def test_parameters_and_flops_by_hand():
@@ -637,6 +670,13 @@ def test_the_cpu_computes_in_float32_unless_told():
     assert pick_device("cpu") == (torch.device("cpu"), torch.float32, False)
     assert pick_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16, False)
     assert pick_device()[0].type in ("cuda", "mps", "cpu")
+
+
+@pytest.mark.parametrize("units, expected", [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)])
+def test_a_cpu_with_units_for_bfloat16_trains_in_it(monkeypatch, units, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert pick_device("cpu", training=True)[1] == expected and pick_device("cpu")[1] == torch.float32
+    assert pick_device("cpu", "float32", training=True)[1] == torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
