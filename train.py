@@ -542,7 +542,7 @@ def main():
     epochs = ", ".join(f"{n:.2f} epochs of {folder}" for folder, n in batches.epochs(max_steps * sequences).items())
     say(f"{max_steps:,} steps of {sequences} × {block_size} = {batch_tokens:,} tokens ({micro} sequences a micro-step): {epochs}")
     if loaded:
-        say(f"resumed {out} at step {step}" + f", until then in {trainer['dtype']}" * (trainer["dtype"] != str(number_type)[6:]))
+        say(f"resumed {out} at step {step}" + f", until then in {trainer.get('dtype')}" * (trainer.get("dtype") != str(number_type)[6:]))
 
     def seconds():
         return clock + time.monotonic() - STARTED
