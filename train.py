@@ -17,7 +17,6 @@ import itertools
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import statistics
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import tokens
+from budget import budget_factor, dial, duration, lr_factor, parse_time, peak_flops, peak_memory, rates
 from model import GPT, GPTConfig, figures, find_checkpoint, pick_device, read_json, run_steps, score, synchronize
 
 # Data
@@ -58,6 +58,8 @@ rope_theta = 10000.0
 norm_eps: float | None = None  # None: 1e-6 for rms, 1e-5 for layer
 init_from = ""  # a run, a step folder, a Hugging Face folder or hub name (gpt2) to start from; its sizes then hold
 # Length and batch
+depth = 0  # the dial: layers, from which sizes, batch, rates and length follow as budget.py says; 0: off, the settings hold
+time_budget = ""  # wall clock such as 600s, 90m, 24h, all included: the run's length instead of max_steps, and the schedule's; empty: off
 max_steps = 480  # optimizer steps
 batch_tokens = 2048  # tokens in a step, over all processes and micro-steps
 batch_size = 0  # sequences of one process in a micro-step; 0: as many as memory bears
@@ -68,7 +70,7 @@ embed_lr = 0.2  # with muon: AdamW's for the embedding
 head_lr = 0.01  # with muon: AdamW's for the output head, norms and biases
 min_lr: float | None = None  # where the schedule ends, all rates in proportion; None: learning_rate / 10
 momentum = 0.95  # Muon's: it rises from 0.85 over 300 steps; 0.85 itself, which suits short runs of small batches better, or less stays
-schedule = "cosine"  # cosine, trapezoid (constant, then linear down over the last 40 %), constant
+schedule = "cosine"  # cosine, trapezoid (constant, then linear down over the last 40 %), constant; a run's metrics.csv: its rates again
 warmup_steps = 10  # linear, from almost 0
 weight_decay = 0.1  # on matrices only; with muon not on the embedding
 beta1 = 0.9  # AdamW's
@@ -158,75 +160,9 @@ def make_optimizers(model, dtype=torch.float32):
     return made
 
 
-def lr_factor(step, schedule, warmup_steps, max_steps, floor):
-    """The share of the peak learning rate at a step (from 0): linear warm-up, then from 1 down to `floor` at the last step, max_steps - 1."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    spent = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))  # 0 … 1
-    if schedule == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * spent))
-    if schedule == "trapezoid":
-        return floor + (1 - floor) * min(1.0, (1 - spent) / 0.4)
-    return 1.0
-
-
 def momentum_at(step, momentum):
     """Muon's momentum at a step: from 0.85, where the gradients still turn fast, up to `momentum` over 300 steps (modded-nanogpt)."""
     return momentum - max(0.0, momentum - 0.85) * max(0.0, 1 - step / 300)
-
-
-# ---- The machine ----
-
-PEAKS = {  # dense peak of a GPU's matrix products in TFLOP/s, bfloat16 or float16, as commonly quoted; longer names first
-    "B200": 2250, "B100": 1750, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
-    "A40": 149.7, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 4090": 165.2,
-    "RTX 4080": 97.5, "RTX 4070": 58.3, "RTX 3090": 71, "RTX 3080": 59.5, "RTX 3060": 25.6, "V100": 125, "T4": 65,
-}  # fmt: skip
-
-
-def peak_flops(device, dtype):
-    """What this device could do a second at best: from the table for a GPU, measured on a CPU, nan where neither says."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((t * 1e12 for key, t in PEAKS.items() if re.search(rf"\b{key}\b", name)), math.nan)
-        return peak if dtype != torch.float32 else peak / 2  # TF32 runs at half of bfloat16's rate
-    if device.type == "cpu":
-        a, best = torch.randn(1024, 1024, dtype=dtype), math.inf
-        for _ in range(4):
-            begun = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - begun)
-        return 2 * 1024**3 / best
-    return math.nan
-
-
-def peak_memory(device):
-    """Bytes at the most so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def duration(seconds):
-    """12s, 3m05s, 2h07m."""
-    minutes, s = divmod(int(seconds), 60)
-    return f"{s}s" if not minutes else f"{minutes}m{s:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def parse_interval(value):
-    """('steps', n) or ('seconds', s) for a checkpoint_interval of n, or of "30s", "10m", "2h". Raises ValueError."""
-    units = {"s": 1, "m": 60, "h": 3600}
-    if isinstance(value, int) and value > 0:
-        return "steps", value
-    if isinstance(value, str) and value[-1:] in units and value[:-1].replace(".", "", 1).isdigit() and float(value[:-1]) > 0:
-        return "seconds", float(value[:-1]) * units[value[-1]]
-    raise ValueError(f"checkpoint_interval must be a number of steps or a time such as 30s, 10m or 2h, not {value!r}")
 
 
 # ---- The run's folder ----
@@ -257,6 +193,15 @@ def prune(best):
     for folder in run_steps(out)[:-2]:
         if not folder.endswith(f"step-{best.get('step', -1):06d}"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_schedule(path):
+    """The learning rate of each step of a run, from its metrics.csv. Raises ValueError or OSError where it is none."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = [row for row in csv.DictReader(f) if row.get("lr")]
+    if not rows or [row["step"] for row in rows] != [str(n) for n in range(1, len(rows) + 1)]:
+        raise ValueError(f"{path} does not hold a learning rate for every step from 1 on: name a run's whole metrics.csv")
+    return [float(row["lr"]) for row in rows]
 
 
 def load_checkpoint():
@@ -352,7 +297,7 @@ def provenance(command_device):
 
 
 def main():
-    global learning_rate, min_lr, vocab_size, block_size, batch_size, compile
+    global learning_rate, min_lr, vocab_size, block_size, batch_size, compile, max_steps, depth, batch_tokens
     _, given = config.apply(globals())
     ddp = "RANK" in os.environ  # torchrun says so
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -372,16 +317,22 @@ def main():
                 raise ValueError(f"there are {torch.cuda.device_count()} GPUs here; start torchrun with --nproc_per_node={torch.cuda.device_count()}")
             where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(where)
-        every_kind, every = parse_interval(checkpoint_interval)
+        budget = parse_time("time_budget", time_budget) if time_budget else math.inf
+        every_kind, every = "steps", checkpoint_interval
+        if not isinstance(every, int):
+            every_kind, every = "seconds", parse_time("checkpoint_interval", every)
+        replayed = read_schedule(schedule) if schedule.endswith(".csv") else []
+        if replayed:
+            budget, max_steps = math.inf, len(replayed)
         for name, choices in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "trapezoid", "constant"))):
-            if globals()[name] not in choices:
+            if globals()[name] not in choices and not (replayed and name == "schedule"):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
-        at_least = dict.fromkeys(("max_steps", "batch_tokens", "eval_interval", "log_interval"), 1)
-        at_least |= dict.fromkeys(("batch_size", "eval_tokens", "patience", "sample_tokens", "warmup_steps", "weight_decay", "grad_clip"), 0)
+        at_least = dict.fromkeys(("max_steps", "batch_tokens", "eval_interval", "log_interval", "checkpoint_interval"), 1)
+        at_least |= dict.fromkeys(("batch_size", "eval_tokens", "patience", "sample_tokens", "warmup_steps", "depth", "weight_decay", "grad_clip"), 0)
         at_least |= dict.fromkeys(("min_lr", "beta1", "beta2", "learning_rate", "embed_lr", "head_lr", "momentum", "target_loss"), 0)
         for name, least in at_least.items():
             value = globals()[name]
-            if value is not None and not (value >= least and (value < 1 or name not in ("beta1", "beta2", "momentum")) and (value > 0 or name not in ("learning_rate", "embed_lr", "head_lr"))):
+            if value is not None and not isinstance(value, str) and not (value >= least and (value < 1 or name not in ("beta1", "beta2", "momentum")) and (value > 0 or name not in ("learning_rate", "embed_lr", "head_lr"))):
                 raise ValueError(f"{name}={value} makes no sense; see --help")
         if not data:
             raise ValueError("data names no data set; see --help")
@@ -401,6 +352,14 @@ def main():
         loaded = load_checkpoint() if begun else None
         if begun and resume and not loaded and run_steps(out):
             raise ValueError(f"{out}: none of its checkpoints is whole; start anew in another --out")
+        dialed = {}
+        if depth:
+            sizes = given & {"n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size", "init_from"}
+            if sizes:
+                raise ValueError(f"depth={depth} sets the model's sizes; leave out either it or {', '.join(sorted(sizes))}")
+            dialed = loaded[2].get("dialed", {}) if loaded else dial(depth, vocab_size or encoding.n_vocab, block_size, world)
+            dialed = {name: value for name, value in dialed.items() if name not in given}
+            globals().update(dialed)
         source = GPT.from_pretrained(init_from) if init_from and not loaded else loaded[0] if loaded else None
         if source is not None:
             mine = asdict(source.config)
@@ -437,10 +396,6 @@ def main():
         if batch_tokens % (block_size * world):
             near = max(1, round(batch_tokens / (block_size * world))) * block_size * world
             raise ValueError(f"batch_tokens={batch_tokens} is no multiple of block_size × processes = {block_size} × {world}; try {near}")
-    if learning_rate is None:
-        learning_rate = 0.02 if optimizer == "muon" else 6e-4
-    if min_lr is None:
-        min_lr = learning_rate / 10
     if compile is None:
         compile = compile_default
     sequences = batch_tokens // block_size  # in a step, over all processes
@@ -448,7 +403,6 @@ def main():
 
     torch.set_float32_matmul_precision("high")  # TF32 for what float32 matrix products there are on CUDA
     model.to(where).train()
-    optimizers = make_optimizers(model, torch.bfloat16 if number_type == torch.bfloat16 else torch.float32)  # float16 has too small a range
     flops, peak = model.flops_per_token(), peak_flops(where, number_type) * world
     step, clock, best, rows = 0, 0.0, {}, []  # clock: seconds of earlier processes of this run
     if loaded:
@@ -456,15 +410,15 @@ def main():
         for name, now in (("data_fingerprint", data_fingerprint), ("batch_tokens", batch_tokens), ("block_size", block_size), ("seed", seed), ("optimizer", optimizer)):
             if trainer[name] != now:
                 config.fail(f"the run in {out} has {name}={trainer[name]}, not {now}: resumed so, it would be another run; start one in another --out")
-        restore(optimizers, model, state)
         step, clock, best = trainer["step"], trainer["seconds"], trainer["best"]
         rows = read_metrics(step)
-        done = step >= max_steps or patience and best.get("worse", 0) >= patience or best.get("val_loss", math.inf) <= target_loss
+        done = trainer.get("finished") if budget < math.inf else step >= max_steps
+        done = done or patience and best.get("worse", 0) >= patience or best.get("val_loss", math.inf) <= target_loss
         if done and any(r["val_loss"] and int(r["step"]) == step for r in rows):
             result, line = summary(model, rows, best, peak)
             if json and first:
                 config.write_json(json, result)
-            more = "to train longer, raise --max_steps" if step >= max_steps else "its target_loss or patience ended it"
+            more = "its time is up" if budget < math.inf else "to train longer, raise --max_steps" if step >= max_steps else "its target_loss or patience ended it"
             say(f"{out} is finished; {more}\n{line}")
             return
     if ddp:
@@ -514,7 +468,46 @@ def main():
         micro = int(smallest)
         run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[where] if where.type == "cuda" else None, broadcast_buffers=False)
     batch_size = micro
+    if budget < math.inf and "batch_tokens" in dialed and not loaded:
+        # A step is at most 0.5 % of the budget: the schedule follows the clock in steps of that size
+        begun_ = time.perf_counter()
+        with autocast:
+            loss = run(*get_batch(0, micro))
+        (loss / batch_tokens).backward()
+        synchronize(where)
+        each = torch.tensor((time.perf_counter() - begun_) / micro, device=where)  # seconds a sequence
+        model.zero_grad(set_to_none=True)
+        if ddp:
+            dist.broadcast(each, 0)
+        while mine > 1 and float(each) * mine > 0.005 * budget:
+            mine //= 2
+        batch_size = micro = min(micro, mine)
+        sequences, batch_tokens = mine * world, mine * world * block_size
+        changed = {"batch_tokens": batch_tokens} | rates(model.config.n_embd, batch_tokens)
+        dialed |= {name: value for name, value in changed.items() if name in dialed}
+        globals().update(dialed)
+    if learning_rate is None:
+        learning_rate = 0.02 if optimizer == "muon" else 6e-4
+    if min_lr is None:
+        min_lr = learning_rate / 10
+    depth = 0  # config.py holds what it stands for
+    optimizers = make_optimizers(model, torch.bfloat16 if number_type == torch.bfloat16 else torch.float32)  # float16 has too small a range
+    if loaded:
+        restore(optimizers, model, state)
     trial_seconds = time.monotonic() - begun
+
+    # What the end of a budget will cost, until it is measured: the last checkpoint and, from one of its batches, the last evaluation
+    costs = {"save": 12 * model.count_parameters() / 2e8, "evaluate": 1.0}
+    if budget < math.inf:
+        begun = time.monotonic()
+        score(model, itertools.islice(tokens.windows(validation[0], block_size, batch_size=micro), 1), autocast=autocast)
+        scored = sum(min(len(s) - 1, eval_tokens or len(s)) for s in validation) / block_size / micro / world  # batches
+        costs["evaluate"] += (time.monotonic() - begun) * scored
+        if sum(costs.values()) > budget / 3:
+            config.fail(
+                f"time_budget={time_budget} is too short: its last checkpoint and evaluation alone would take some {sum(costs.values()):.0f} s; "
+                "give it more time, or lower --eval_tokens"
+            )
 
     lengths = tokens.byte_lengths(encoding)
     table = tokens.token_bytes(encoding)
@@ -539,8 +532,9 @@ def main():
     say(f"{model.count_parameters():,} parameters ({model.config.architecture()}), {where.type} {str(number_type)[6:]}, {world} process{'es' * (world > 1)}")
     if model.config.architecture() == "daygpt":
         say("note: no stock architecture computes these settings; stock loaders will refuse the checkpoints (model_type daygpt)")
-    epochs = ", ".join(f"{n:.2f} epochs of {folder}" for folder, n in batches.epochs(max_steps * sequences).items())
-    say(f"{max_steps:,} steps of {sequences} × {block_size} = {batch_tokens:,} tokens ({micro} sequences a micro-step): {epochs}")
+    length = f"{max_steps:,} steps" if budget == math.inf else f"{duration(budget)} of steps"
+    epochs = "" if budget < math.inf else ": " + ", ".join(f"{n:.2f} epochs of {folder}" for folder, n in batches.epochs(max_steps * sequences).items())
+    say(f"{length} of {sequences} × {block_size} = {batch_tokens:,} tokens ({micro} sequences a micro-step){epochs}")
     if loaded:
         say(f"resumed {out} at step {step}" + f", until then in {trainer.get('dtype')}" * (trainer.get("dtype") != str(number_type)[6:]))
 
@@ -556,13 +550,15 @@ def main():
         return {
             "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "batch_size": batch_size,
             "data": data, "data_fingerprint": data_fingerprint, "batch_tokens": batch_tokens, "block_size": block_size, "seed": seed,
-            "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(),
+            "finished": finished, "steps_begun": steps_begun, "dialed": dialed, "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(),
         }  # fmt: skip
 
     def save():
+        begun = time.monotonic()
         metrics.flush()
         with config.user_errors():  # a full disk
             save_checkpoint(model, optimizers, encoding, facts())
+        costs["save"] = time.monotonic() - begun
 
     def validate():
         batches_ = itertools.chain.from_iterable(tokens.windows(s, block_size, limit=eval_tokens, batch_size=micro) for s in validation)
@@ -605,6 +601,19 @@ def main():
     if not init_from:
         evaluated.add(0)  # random weights need no evaluation
     worse = best.get("worse", 0)
+    steps_begun = trainer.get("steps_begun", 0.0) if loaded else seconds()
+    share, spacing = 0.0, 1.0  # of the time for steps: what is spent, and between evaluations, which take 5 % in all
+
+    def spent_share(ahead):
+        """The share that is spent some seconds from now: of what lies between the first step and the last checkpoint and evaluation."""
+        return (seconds() + ahead - steps_begun) / max(budget - sum(costs.values()) - 0.5 - steps_begun, 1e-9)
+
+    if budget < math.inf:
+        shared = torch.tensor([spent_share(0.0), 1 / min(8, max(1, int(0.05 * budget / costs["evaluate"])))], device=where)
+        if ddp:
+            dist.broadcast(shared, 0)
+        share, spacing = shared.tolist()
+    next_eval = (share // spacing + 1) * spacing
     parts, lapped = dict.fromkeys(("load", "forward", "backward", "optimizer", "rest"), 0.0), 0.0
 
     def lap(part):
@@ -620,15 +629,18 @@ def main():
     saved_at, saved_step, skipped, spans, finished, val = time.monotonic(), step if loaded else -1, 0, [], False, None
     while True:
         # Save before evaluating: what fails in an evaluation must not cost the run
-        finished = step >= max_steps or bool(patience and worse >= patience) or best.get("val_loss", math.inf) <= target_loss
+        finished = (share >= 1 if budget < math.inf else step >= max_steps) or bool(patience and worse >= patience) or best.get("val_loss", math.inf) <= target_loss
         if first and step > saved_step and step > 0:
             due = time.monotonic() - saved_at >= every if every_kind == "seconds" else step % every == 0
             if due or finished:
                 save()
                 saved_at, saved_step = time.monotonic(), step
-        if (step % eval_interval == 0 or finished) and step not in evaluated:
+        due = share >= next_eval if budget < math.inf else step % eval_interval == 0
+        if (due or finished) and step not in evaluated:
+            begun = time.monotonic()
             val = validate()
             evaluated.add(step)
+            next_eval = (share // spacing + 1) * spacing
             better = val["loss"] < best.get("val_loss", math.inf)
             worse = 0 if better else worse + 1
             best = {"step": step, "val_loss": val["loss"], "val_bpb": val["bits_per_byte"]} if better else best
@@ -646,14 +658,19 @@ def main():
                 say(f"step {step:>6}  val loss {val['loss']:.4f}  {val['bits_per_byte']:.4f} bits per byte  accuracy {val['accuracy']:.3f}" + "  best" * better)
                 if sample_tokens and math.isfinite(val["loss"]):
                     say("  | " + sample().strip("\n").replace("\n", "\n  | "))
+            costs["evaluate"] = time.monotonic() - begun
             continue  # patience may have run out: look again
         if finished:
             break
 
         begun = lapped = time.perf_counter()
-        factor = lr_factor(step, schedule, warmup_steps, max_steps, min_lr / learning_rate)
+        floor = min_lr / learning_rate
+        if replayed:
+            lr = replayed[step]
+        else:
+            lr = learning_rate * (budget_factor(share, schedule, floor) if budget < math.inf else lr_factor(step, schedule, warmup_steps, max_steps, floor))
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["peak"] * (lr / learning_rate)
             if "momentum" in group:
                 group["momentum"] = momentum_at(step, momentum)
         # Dropout is a function of (seed, step, rank), like the batch: no random state outlives a step, so none needs saving
@@ -677,11 +694,14 @@ def main():
             for o in optimizers:
                 scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        told = torch.stack([nats.double() if where.type != "mps" else nats, torch.tensor(float(bool(stopped)), device=where)])
+        # Was any process told to stop? And rank 0's clock, as it will be when the next step ends
+        now = spent_share(max(spans[-3:], default=0.0)) if first and budget < math.inf else 0.0
+        told = torch.cat((nats.double()[None] if where.type != "mps" else nats[None], torch.tensor([float(bool(stopped)), now], device=where)))
         if ddp:
-            dist.all_reduce(told)  # also: was any process told to stop?
+            dist.all_reduce(told)
         lap("rest")
-        loss, norm, stop = told[0].item() / batch_tokens, norm.item(), told[1].item() > 0  # here the CPU waits for the GPU
+        (loss, stop, share), norm = told.tolist(), norm.item()  # here the CPU waits for the GPU
+        loss /= batch_tokens
         if math.isfinite(loss) and math.isfinite(norm):
             for o in optimizers:
                 o.step()
@@ -704,7 +724,7 @@ def main():
             mfu = flops * rate / peak
             memory = peak_memory(where)
             write_row(
-                step=step, tokens=step * batch_tokens, seconds=round(seconds(), 3), loss=loss, lr=learning_rate * factor, grad_norm=norm,
+                step=step, tokens=step * batch_tokens, seconds=round(seconds(), 3), loss=loss, lr=lr, grad_norm=norm,
                 tokens_per_second=round(rate, 1), mfu=round(mfu, 5), memory=memory,
             )  # fmt: skip
             spans.append(spent)
@@ -712,8 +732,8 @@ def main():
                 recent = sum(spans[-log_interval:]) / len(spans[-log_interval:])
                 metrics.flush()
                 say(
-                    f"step {step:>6}/{max_steps}  loss {loss:.4f}  lr {learning_rate * factor:.2e}  norm {norm:.2f}  {batch_tokens / recent:,.0f} tokens/s  "
-                    f"MFU {flops * batch_tokens / recent / peak:.1%}  {memory / 2**20:,.0f} MB  left {duration((max_steps - step) * recent)}"
+                    f"step {step:>6}{f'/{max_steps}' if budget == math.inf else f' {share:4.0%}'}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {batch_tokens / recent:,.0f} tokens/s  "
+                    f"MFU {flops * batch_tokens / recent / peak:.1%}  {memory / 2**20:,.0f} MB  left {duration((max_steps - step) * recent if budget == math.inf else budget - seconds())}"
                 )
         if stop:
             if first:

@@ -65,6 +65,14 @@ def test_random_bytes_stand_in_for_data_that_are_not_there(process, tmp_path):
     assert done.returncode == 0 and "random bytes stand in" in done.stdout and not (tmp_path / "nowhere").exists()
 
 
+def test_a_depth_is_measured_without_its_budget(process, tmp_path):
+    small = ["--depth=1", "--block_size=32", "--time_budget=24h", "--batch_size=64", "--device=cpu", f"--data={tmp_path / 'nowhere'}", "--vocab_size=512"]
+    done = process("bench.py", *small, "--repeats=1", "--steps=5", "--new_tokens=4", f"--json={tmp_path / 'figures.json'}", timeout=100)
+    assert done.returncode == 0, done.stderr
+    model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=1, n_head=2, n_embd=128))
+    assert json.loads((tmp_path / "figures.json").read_text())["parameters"] == model.count_parameters()
+
+
 def test_to_loss_trains_until_the_loss_is_reached(process, data, tmp_path):
     path = tmp_path / "figures.json"
     trained = arguments(data=data, learning_rate=0.02, max_steps=200, eval_interval=5)

@@ -593,7 +593,7 @@ def test_a_run_whose_worker_dies_ends_and_leaves_nothing():
 
 
 def test_ctrl_c_leaves_nothing():
-    write_jsonl("a.jsonl", [f"{i} {LONG}" for i in range(4000)])
+    write_jsonl("a.jsonl", [f"{i} {LONG}" for i in range(60_000)])
     process = start("a.jsonl", "--out=out", "--tokenizer=bytes", "--workers=1")
     wait_for(lambda: glob.glob("out*/train_*"))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too

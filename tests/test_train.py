@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 import config
 import tokens
 import train
+from budget import lr_factor
 from model import GPT, GPTConfig, run_steps, score, figures
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -221,7 +222,7 @@ def plain(run, tmp_path_factory):
 
 @pytest.mark.parametrize("schedule", ["cosine", "trapezoid", "constant"])
 def test_warm_up_rises_evenly_from_above_zero_to_the_peak(schedule):
-    factors = [train.lr_factor(step, schedule, 10, 100, 0.1) for step in range(11)]
+    factors = [lr_factor(step, schedule, 10, 100, 0.1) for step in range(11)]
     assert factors == pytest.approx([(step + 1) / 11 for step in range(11)])
     assert factors[0] > 0 and factors[10] == 1
 
@@ -229,13 +230,13 @@ def test_warm_up_rises_evenly_from_above_zero_to_the_peak(schedule):
 @pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
 @pytest.mark.parametrize("warmup_steps, max_steps", [(0, 2), (0, 100), (10, 100), (7, 1000)])
 def test_the_last_step_is_at_the_floor_and_none_before_it_rises(schedule, warmup_steps, max_steps):
-    factors = [train.lr_factor(step, schedule, warmup_steps, max_steps, 0.1) for step in range(warmup_steps, max_steps)]
+    factors = [lr_factor(step, schedule, warmup_steps, max_steps, 0.1) for step in range(warmup_steps, max_steps)]
     assert factors[0] == 1 and factors[-1] == 0.1
     assert factors == sorted(factors, reverse=True)
 
 
 def test_the_schedules_are_what_their_names_say():
-    cosine, trapezoid, constant = ([train.lr_factor(step, s, 0, 101, 0.0) for step in range(101)] for s in ("cosine", "trapezoid", "constant"))
+    cosine, trapezoid, constant = ([lr_factor(step, s, 0, 101, 0.0) for step in range(101)] for s in ("cosine", "trapezoid", "constant"))
     assert cosine == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(101)])
     assert trapezoid[:61] == pytest.approx([1] * 61) and trapezoid[80] == pytest.approx(0.5)
     assert constant == [1] * 101
@@ -244,7 +245,7 @@ def test_the_schedules_are_what_their_names_say():
 @pytest.mark.parametrize("schedule", ["cosine", "trapezoid", "constant"])
 @pytest.mark.parametrize("warmup_steps, max_steps", [(0, 1), (1, 1), (10, 1), (10, 10), (10, 11), (20, 10)])
 def test_a_run_shorter_than_its_warm_up_never_passes_the_peak_or_stands_still(schedule, warmup_steps, max_steps):
-    factors = [train.lr_factor(step, schedule, warmup_steps, max_steps, 0.1) for step in range(max_steps)]
+    factors = [lr_factor(step, schedule, warmup_steps, max_steps, 0.1) for step in range(max_steps)]
     assert all(0 < f <= 1 for f in factors)
     assert factors == sorted(factors)
 
@@ -614,11 +615,9 @@ def test_a_model_that_is_never_finite_stays_as_it_is(run, tmp_path, max_steps):
     assert same(weights(result, 5 if max_steps == 5 else 25), load_file(begin / "model.safetensors"))
 
 
-def test_checkpoint_intervals_are_steps_or_times():
-    assert [train.parse_interval(value) for value in (100, "30s", "10m", "1.5h")] == [("steps", 100), ("seconds", 30), ("seconds", 600), ("seconds", 5400)]
-    for value in ("10", "m", "", "-5m", "0s", "1.2.3s", -1, 0, "10d"):
-        with pytest.raises(ValueError):
-            train.parse_interval(value)
+@pytest.mark.parametrize("interval", ["m", "-5m", "0s", -1, 0, "10d"])
+def test_a_checkpoint_interval_is_steps_or_a_time(run, tmp_path, interval):
+    one_line(run(tmp_path, checkpoint_interval=interval), "checkpoint_interval")
 
 
 def test_checkpoints_come_at_times(run, tmp_path):
