@@ -57,7 +57,7 @@ def train(arguments, folder, **settings):
 
 def measure(arguments, folder, count, **settings):
     """The figures of `count` short runs, their numbers' medians."""
-    short = {"max_steps": steps, "time_budget": "", "eval_tokens": 1, "checkpoint_interval": 10**9, "log_interval": 10**9} | settings
+    short = {"max_steps": steps, "time_budget": "", "schedule": "cosine", "eval_tokens": 1, "checkpoint_interval": 10**9, "log_interval": 10**9} | settings
     runs = [train(arguments, folder, **short) for _ in tqdm(range(count), desc="training", leave=False, disable=None)]
     return {name: statistics.median_low([r[name] for r in runs]) if isinstance(value, (int, float)) else value for name, value in runs[-1].items()}
 
@@ -219,7 +219,9 @@ def main():
             metas = [tokens.Meta(d) for d in (data if isinstance(data, dict) else [data])]
             settings["vocab_size"] = settings["vocab_size"] or metas[0].encoding().n_vocab
             if settings["depth"]:
-                sizes = dial(settings["depth"], settings["vocab_size"], settings["block_size"]) | {"depth": 0}
+                given = [a[2:].partition("=")[0] for a in arguments if a.startswith("--")]
+                batch = settings["batch_tokens"] if "batch_tokens" in given else None
+                sizes = dial(settings["depth"], settings["vocab_size"], settings["block_size"], batch=batch) | {"depth": 0}
                 settings |= sizes
                 arguments += [f"--{name}={value}" for name, value in sizes.items()]
             if grow:

@@ -48,8 +48,8 @@ def budget_factor(share, schedule, floor):
 # ---- The dial ----
 
 
-def dial(depth, vocab_size, block_size, processes=1):
-    """The settings that a depth stands for, {name: value}. Raises ValueError for a depth that is none.
+def dial(depth, vocab_size, block_size, processes=1, batch=None):
+    """The settings that a depth stands for, {name: value}, with its own batch or the given one. Raises ValueError for a depth that is none.
 
     Sizes, batch, length and weight decay as nanochat has them (karpathy/nanochat at 92d63d4, scripts/base_train.py): with N the weights of
     matrix products, the head's among them, D = 12 N tokens; the batch grows as D^0.383 from half a million tokens at depth 12
@@ -66,19 +66,12 @@ def dial(depth, vocab_size, block_size, processes=1):
         raise ValueError(f"depth must be a number of layers of at least 1, not {depth}")
     (c, tokens), (_, reference) = shape(depth), shape(12)
     whole = block_size * processes  # what a step's tokens must be a multiple of
-    batch = max(1, 2 ** round(math.log2(2**19 * (tokens / reference) ** 0.383)) // whole) * whole
-    return rates(c.n_embd, batch) | {
-        "n_layer": depth, "n_embd": c.n_embd, "n_head": c.n_head, "batch_tokens": batch, "max_steps": max(1, tokens // batch),
-        "weight_decay": min(0.1, 0.28 * math.sqrt(batch / 2**19) * reference / tokens),
-    }  # fmt: skip
-
-
-def rates(n_embd, batch):
-    """The dial's learning rates and momentum for a width and a batch in tokens."""
-    width = math.sqrt(768 / n_embd)
+    batch = batch or max(1, 2 ** round(math.log2(2**19 * (tokens / reference) ** 0.383)) // whole) * whole
+    width = math.sqrt(768 / c.n_embd)
     return {
+        "n_layer": depth, "n_embd": c.n_embd, "n_head": c.n_head, "batch_tokens": batch, "max_steps": max(1, tokens // batch),
         "learning_rate": 0.02 * (2**19 / batch) ** (1 / 12), "embed_lr": 0.12 * width, "head_lr": 0.006 * width,
-        "momentum": 0.95 if batch > 2**14 else 0.85,
+        "momentum": 0.95 if batch > 2**14 else 0.85, "weight_decay": min(0.1, 0.28 * math.sqrt(batch / 2**19) * reference / tokens),
     }  # fmt: skip
 
 

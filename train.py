@@ -4,6 +4,7 @@
     python train.py config/shakespeare.py --learning_rate=0.01     # settings, left to right
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py       # one process for each GPU
     python train.py config/gpt2_124m.py --resume                   # go on with the run in `out`, or start it
+    python train.py --depth=4 --time_budget=10m                    # a model of that depth, and ten minutes of wall clock
     python train.py --init_from=out/quickstart --data=data/mine --out=out/mine   # start from a model
 
 Writes the folder `out`: config.py, which runs it again; metrics.csv; loss.png; and checkpoints step-NNNNNN, each a Hugging Face model.
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import tokens
-from budget import budget_factor, dial, duration, lr_factor, parse_time, peak_flops, peak_memory, rates
+from budget import budget_factor, dial, duration, lr_factor, parse_time, peak_flops, peak_memory
 from model import GPT, GPTConfig, figures, find_checkpoint, pick_device, read_json, run_steps, score, synchronize
 
 # Data
@@ -196,12 +197,12 @@ def prune(best):
 
 
 def read_schedule(path):
-    """The learning rate of each step of a run, from its metrics.csv. Raises ValueError or OSError where it is none."""
+    """The learning rate of each step of a run, from its metrics.csv, and the tokens of a step. Raises ValueError or OSError where it is none."""
     with open(path, newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.DictReader(f) if row.get("lr")]
+        rows = [row for row in csv.DictReader(f) if row.get("lr") and None not in row.values()]
     if not rows or [row["step"] for row in rows] != [str(n) for n in range(1, len(rows) + 1)]:
         raise ValueError(f"{path} does not hold a learning rate for every step from 1 on: name a run's whole metrics.csv")
-    return [float(row["lr"]) for row in rows]
+    return [float(row["lr"]) for row in rows], int(rows[0]["tokens"])
 
 
 def load_checkpoint():
@@ -321,9 +322,9 @@ def main():
         every_kind, every = "steps", checkpoint_interval
         if not isinstance(every, int):
             every_kind, every = "seconds", parse_time("checkpoint_interval", every)
-        replayed = read_schedule(schedule) if schedule.endswith(".csv") else []
+        replayed, replayed_batch = read_schedule(schedule) if schedule.endswith(".csv") else ([], 0)
         if replayed:
-            budget, max_steps = math.inf, len(replayed)
+            budget = math.inf
         for name, choices in (("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "trapezoid", "constant"))):
             if globals()[name] not in choices and not (replayed and name == "schedule"):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
@@ -357,9 +358,21 @@ def main():
             sizes = given & {"n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size", "init_from"}
             if sizes:
                 raise ValueError(f"depth={depth} sets the model's sizes; leave out either it or {', '.join(sorted(sizes))}")
-            dialed = loaded[2].get("dialed", {}) if loaded else dial(depth, vocab_size or encoding.n_vocab, block_size, world)
-            dialed = {name: value for name, value in dialed.items() if name not in given}
-            globals().update(dialed)
+            if loaded:
+                dialed = loaded[2].get("dialed") or {}
+                if dialed.get("n_layer") != depth:
+                    raise ValueError(f"the run in {out} was not started with depth={depth}; leave depth out, or start one in another --out")
+            else:
+                dialed = dial(depth, vocab_size or encoding.n_vocab, block_size, world, batch_tokens if "batch_tokens" in given else None)
+                if optimizer != "muon":
+                    del dialed["learning_rate"]  # it is Muon's
+            globals().update({name: value for name, value in dialed.items() if name not in given})
+        elif loaded:
+            dialed = loaded[2].get("dialed") or {}
+        if replayed:
+            max_steps = len(replayed)
+            if replayed_batch != batch_tokens:
+                raise ValueError(f"{schedule} is of steps of {replayed_batch} tokens, not {batch_tokens}: replay it with the run's own config.py")
         source = GPT.from_pretrained(init_from) if init_from and not loaded else loaded[0] if loaded else None
         if source is not None:
             mine = asdict(source.config)
@@ -412,13 +425,13 @@ def main():
                 config.fail(f"the run in {out} has {name}={trainer[name]}, not {now}: resumed so, it would be another run; start one in another --out")
         step, clock, best = trainer["step"], trainer["seconds"], trainer["best"]
         rows = read_metrics(step)
-        done = trainer.get("finished") if budget < math.inf else step >= max_steps
+        done = trainer.get("time_up", 0) >= budget if budget < math.inf else step >= max_steps
         done = done or patience and best.get("worse", 0) >= patience or best.get("val_loss", math.inf) <= target_loss
         if done and any(r["val_loss"] and int(r["step"]) == step for r in rows):
             result, line = summary(model, rows, best, peak)
             if json and first:
                 config.write_json(json, result)
-            more = "its time is up" if budget < math.inf else "to train longer, raise --max_steps" if step >= max_steps else "its target_loss or patience ended it"
+            more = "its time is up" if trainer.get("time_up", 0) >= budget else "to train longer, raise --max_steps" if step >= max_steps else "its target_loss or patience ended it"
             say(f"{out} is finished; {more}\n{line}")
             return
     if ddp:
@@ -468,24 +481,26 @@ def main():
         micro = int(smallest)
         run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[where] if where.type == "cuda" else None, broadcast_buffers=False)
     batch_size = micro
-    if budget < math.inf and "batch_tokens" in dialed and not loaded:
+    if budget < math.inf and dialed and "batch_tokens" not in given and not loaded:
         # A step is at most 0.5 % of the budget: the schedule follows the clock in steps of that size
-        begun_ = time.perf_counter()
-        with autocast:
-            loss = run(*get_batch(0, micro))
-        (loss / batch_tokens).backward()
-        synchronize(where)
-        each = torch.tensor((time.perf_counter() - begun_) / micro, device=where)  # seconds a sequence
-        model.zero_grad(set_to_none=True)
+        for _ in range(2):  # the first warms up
+            synchronize(where)
+            timed = time.perf_counter()
+            with autocast:
+                loss = run(*get_batch(0, micro))
+            (loss / batch_tokens).backward()
+            synchronize(where)
+            each = torch.tensor((time.perf_counter() - timed) / micro, device=where)  # seconds a sequence
+            model.zero_grad(set_to_none=True)
         if ddp:
             dist.broadcast(each, 0)
         while mine > 1 and float(each) * mine > 0.005 * budget:
             mine //= 2
         batch_size = micro = min(micro, mine)
         sequences, batch_tokens = mine * world, mine * world * block_size
-        changed = {"batch_tokens": batch_tokens} | rates(model.config.n_embd, batch_tokens)
-        dialed |= {name: value for name, value in changed.items() if name in dialed}
-        globals().update(dialed)
+        smaller = dial(depth, model.config.vocab_size, block_size, world, batch_tokens)
+        dialed = {name: smaller[name] for name in dialed}
+        globals().update({name: value for name, value in dialed.items() if name not in given})
     if learning_rate is None:
         learning_rate = 0.02 if optimizer == "muon" else 6e-4
     if min_lr is None:
@@ -499,13 +514,19 @@ def main():
     # What the end of a budget will cost, until it is measured: the last checkpoint and, from one of its batches, the last evaluation
     costs = {"save": 12 * model.count_parameters() / 2e8, "evaluate": 1.0}
     if budget < math.inf:
-        begun = time.monotonic()
-        score(model, itertools.islice(tokens.windows(validation[0], block_size, batch_size=micro), 1), autocast=autocast)
+        for _ in range(2):
+            begun = time.monotonic()
+            score(model, itertools.islice(tokens.windows(validation[0], block_size, batch_size=micro), 1), autocast=autocast)
+            synchronize(where)
         scored = sum(min(len(s) - 1, eval_tokens or len(s)) for s in validation) / block_size / micro / world  # batches
         costs["evaluate"] += (time.monotonic() - begun) * scored
-        if sum(costs.values()) > budget / 3:
+        ends, started = sum(costs.values()), time.monotonic() - STARTED
+        short = torch.tensor(float(not loaded and (ends > budget / 3 or ends + started > 0.7 * budget)), device=where)
+        if ddp:
+            dist.broadcast(short, 0)  # rank 0's clock decides
+        if short:
             config.fail(
-                f"time_budget={time_budget} is too short: its last checkpoint and evaluation alone would take some {sum(costs.values()):.0f} s; "
+                f"time_budget={time_budget} is too short: the start took {started:.0f} s, the last checkpoint and evaluation would take some {ends:.0f}; "
                 "give it more time, or lower --eval_tokens"
             )
 
@@ -550,7 +571,7 @@ def main():
         return {
             "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "batch_size": batch_size,
             "data": data, "data_fingerprint": data_fingerprint, "batch_tokens": batch_tokens, "block_size": block_size, "seed": seed,
-            "finished": finished, "steps_begun": steps_begun, "dialed": dialed, "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(),
+            "time_up": budget if share >= 1 and budget < math.inf else 0, "steps_begun": steps_begun, "dialed": dialed, "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(),
         }  # fmt: skip
 
     def save():
@@ -629,7 +650,8 @@ def main():
     saved_at, saved_step, skipped, spans, finished, val = time.monotonic(), step if loaded else -1, 0, [], False, None
     while True:
         # Save before evaluating: what fails in an evaluation must not cost the run
-        finished = (share >= 1 if budget < math.inf else step >= max_steps) or bool(patience and worse >= patience) or best.get("val_loss", math.inf) <= target_loss
+        finished = share >= 1 if budget < math.inf else step >= max_steps
+        finished = finished or not replayed and (bool(patience and worse >= patience) or best.get("val_loss", math.inf) <= target_loss)
         if first and step > saved_step and step > 0:
             due = time.monotonic() - saved_at >= every if every_kind == "seconds" else step % every == 0
             if due or finished:
@@ -695,7 +717,10 @@ def main():
                 scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         # Was any process told to stop? And rank 0's clock, as it will be when the next step ends
-        now = spent_share(max(spans[-3:], default=0.0)) if first and budget < math.inf else 0.0
+        now = 0.0
+        if first and budget < math.inf:
+            synchronize(where)
+            now = spent_share(statistics.median(spans[1:][-3:] or spans or [0.0]))
         told = torch.cat((nats.double()[None] if where.type != "mps" else nats[None], torch.tensor([float(bool(stopped)), now], device=where)))
         if ddp:
             dist.all_reduce(told)

@@ -60,11 +60,13 @@ def test_the_clock_takes_the_median_of_a_second(monkeypatch):
     assert bench.clock(work, torch.device("cpu")) == pytest.approx(0.2)  # the first is warm-up, the next four last a second
 
 
+@pytest.mark.slow
 def test_random_bytes_stand_in_for_data_that_are_not_there(process, tmp_path):
     done = process("bench.py", *arguments(data=tmp_path / "nowhere", vocab_size=512), "--repeats=1", "--steps=5", "--new_tokens=4")
     assert done.returncode == 0 and "random bytes stand in" in done.stdout and not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.slow
 def test_a_depth_is_measured_without_its_budget(process, tmp_path):
     small = ["--depth=1", "--block_size=32", "--time_budget=24h", "--batch_size=64", "--device=cpu", f"--data={tmp_path / 'nowhere'}", "--vocab_size=512"]
     done = process("bench.py", *small, "--repeats=1", "--steps=5", "--new_tokens=4", f"--json={tmp_path / 'figures.json'}", timeout=100)

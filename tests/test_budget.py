@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from budget import budget_factor, dial, duration, lr_factor, parse_time, rates
+from budget import budget_factor, dial, duration, lr_factor, parse_time
 from model import GPT, run_steps
 from test_train import data as data  # bytes, not the shared vocabulary
 from test_train import good, one_line, run, same, start, values, weights  # noqa: F401
@@ -43,7 +43,8 @@ def test_the_dial_by_hand():
     assert twenty["weight_decay"] / 0.28 == pytest.approx(2**0.5 * n / m, rel=1e-6) if twenty["weight_decay"] < 0.1 else twenty["weight_decay"] == 0.1
     small = dial(1, 257, 64, processes=3)
     assert small["n_embd"] == 128 and small["n_head"] == 2 and small["batch_tokens"] % (64 * 3) == 0 and small["momentum"] == 0.95
-    assert rates(768, 2**12)["learning_rate"] == pytest.approx(0.02 * 2 ** (7 / 12)) and rates(768, 2**12)["momentum"] == 0.85
+    little = dial(12, 32768, 2048, batch=2**12)
+    assert little["learning_rate"] == pytest.approx(0.02 * 2 ** (7 / 12)) and little["momentum"] == 0.85 and little["max_steps"] == 12 * n // 2**12
     with pytest.raises(ValueError, match="depth"):
         dial(-1, 257, 64)
 
@@ -106,9 +107,11 @@ def test_depth_sets_what_was_not_set(run, tmp_path):
         ({"depth": -1}, ["depth=-1"]),
         ({"time_budget": "1s"}, ["time_budget=1s is too short", "--eval_tokens"]),
         ({"schedule": "nowhere.csv"}, ["nowhere.csv"]),
+        ({"schedule": "other.csv"}, ["other.csv", "own config.py"]),
         ({"schedule": "sine"}, ["schedule must be one of"]),
     ],
 )
 def test_bad_budgets_are_refused(run, tmp_path, settings, words):
+    (tmp_path / "other.csv").write_text("step,tokens,lr\n1,999,0.01\n")  # of another batch
     one_line(run(tmp_path, **settings), *words)
     assert not (tmp_path / "run").exists()
