@@ -186,7 +186,7 @@ def main():
     own = [a for a in sys.argv[1:] if a in ("-h", "--help") or (a.startswith("--") and a[2:].partition("=")[0].replace("-", "_") in mine)]
     arguments = [a for a in sys.argv[1:] if a not in own]
     config.apply(globals(), own, files=False)
-    settings = config.settings_of(os.path.join(HERE, "train.py"), arguments)
+    settings, given = config.settings_of(os.path.join(HERE, "train.py"), arguments)
     for name, least in (("repeats", 1), ("steps", 5), ("new_tokens", 2)):
         if globals()[name] < least:
             config.fail(f"{name} must be at least {least}, not {globals()[name]}")
@@ -219,9 +219,9 @@ def main():
             metas = [tokens.Meta(d) for d in (data if isinstance(data, dict) else [data])]
             settings["vocab_size"] = settings["vocab_size"] or metas[0].encoding().n_vocab
             if settings["depth"]:
-                given = [a[2:].partition("=")[0] for a in arguments if a.startswith("--")]
                 batch = settings["batch_tokens"] if "batch_tokens" in given else None
-                sizes = dial(settings["depth"], settings["vocab_size"], settings["block_size"], batch=batch) | {"depth": 0}
+                sizes = dial(settings["depth"], settings["vocab_size"], settings["block_size"], batch=batch)
+                sizes = {name: value for name, value in sizes.items() if name not in given} | {"depth": 0}
                 settings |= sizes
                 arguments += [f"--{name}={value}" for name, value in sizes.items()]
             if grow:
@@ -250,7 +250,7 @@ def main():
                 limit = f"{r['mfu']:.0%} of its FLOP/s are reached, most of a step is {largest} ({parts[largest]:.0%})"
                 print(f"what limits training here: {'the loader' if share > 0.1 else 'the matrix products' if r['mfu'] > 0.5 else 'what lies between the matrix products'}: {limit}")
                 result |= machine | {k: r[k] for k in ("parameters", "tokens_per_second", "mfu", "peak_memory_bytes", "startup_seconds", "trial_seconds")}
-                result |= {"parts": parts, "loader_tokens_per_second": rate, "decode": decodes}
+                result |= {"batch_tokens": r["tokens"] // r["steps"], "parts": parts, "loader_tokens_per_second": rate, "decode": decodes}
         if json:
             config.write_json(json, result)
 

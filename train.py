@@ -571,7 +571,8 @@ def main():
         return {
             "step": step, "tokens": step * batch_tokens, "seconds": seconds(), "best": best, "batch_size": batch_size,
             "data": data, "data_fingerprint": data_fingerprint, "batch_tokens": batch_tokens, "block_size": block_size, "seed": seed,
-            "time_up": budget if share >= 1 and budget < math.inf else 0, "steps_begun": steps_begun, "dialed": dialed, "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(),
+            "optimizer": optimizer, "dtype": str(number_type)[6:], "scaler": scaler.state_dict(), "dialed": dialed,
+            "time_up": budget if share >= 1 and budget < math.inf else 0, "steps_begun": steps_begun,
         }  # fmt: skip
 
     def save():

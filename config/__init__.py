@@ -148,7 +148,9 @@ def apply(namespace, argv=None, files=True):
 
 
 def settings_of(script, argv):
-    """The settings, {name: value}, with which a script would run under these arguments. Its mistakes end this program instead."""
+    """The settings, {name: value}, with which a script would run under these arguments, and the set of names that were given.
+
+    Its mistakes end this program instead."""
     with open(script, encoding="utf-8") as f:
         source = f.read()
     names, namespace = declared(source), {"__file__": script, "__doc__": ""}
@@ -156,8 +158,8 @@ def settings_of(script, argv):
         target = getattr(node, "target", None) or (getattr(node, "targets", None) or [None])[0]
         if isinstance(target, ast.Name) and target.id in names and target.id not in namespace:
             namespace[target.id] = ast.literal_eval(node.value)
-    apply(namespace, argv)
-    return {name: namespace[name] for name in names}
+    _, given = apply(namespace, argv)
+    return {name: namespace[name] for name in names}, given
 
 
 def dump(namespace, notes=()):

@@ -68,11 +68,13 @@ def test_random_bytes_stand_in_for_data_that_are_not_there(process, tmp_path):
 
 @pytest.mark.slow
 def test_a_depth_is_measured_without_its_budget(process, tmp_path):
-    small = ["--depth=1", "--block_size=32", "--time_budget=24h", "--batch_size=64", "--device=cpu", f"--data={tmp_path / 'nowhere'}", "--vocab_size=512"]
+    (tmp_path / "c.py").write_text("depth, batch_tokens, time_budget = 1, 2048, '24h'\n")  # the dial's batch is 2^16
+    small = [tmp_path / "c.py", "--block_size=32", "--device=cpu", f"--data={tmp_path / 'nowhere'}", "--vocab_size=512"]
     done = process("bench.py", *small, "--repeats=1", "--steps=5", "--new_tokens=4", f"--json={tmp_path / 'figures.json'}", timeout=100)
     assert done.returncode == 0, done.stderr
     model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=1, n_head=2, n_embd=128))
-    assert json.loads((tmp_path / "figures.json").read_text())["parameters"] == model.count_parameters()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["parameters"], figures["batch_tokens"]) == (model.count_parameters(), 2048)
 
 
 def test_to_loss_trains_until_the_loss_is_reached(process, data, tmp_path):
@@ -107,7 +109,8 @@ def test_help_lists_its_own_settings(process):
 def test_the_settings_of_a_script_are_those_it_would_run_with(tmp_path):
     (tmp_path / "c.py").write_text("n_layer = 2 * n_layer\n")
     script = str(pathlib.Path(train.__file__))
-    settings = config.settings_of(script, [str(tmp_path / "c.py"), "--n_embd=128"])
+    settings, given = config.settings_of(script, [str(tmp_path / "c.py"), "--n_embd=128"])
+    assert given == {"n_layer", "n_embd"}
     assert list(settings) == list(config.declared(pathlib.Path(script).read_text(encoding="utf-8")))
     assert (settings["n_layer"], settings["n_embd"], settings["block_size"]) == (8, 128, 256)
     assert all(settings[name] == getattr(train, name) for name in settings if name not in ("n_layer", "n_embd", "out"))
